@@ -1,0 +1,138 @@
+"""Find backends by name, over entry points: the built-in ones use the same door as a stranger's.
+
+`bnlayer.backends` holds backends for the full spec, `bnlayer.native` the frameworks' own layers as conformance
+targets. Nothing is imported until a backend is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final
+
+from .contract import Backend, Layer, NDArray
+from .errors import BackendUnavailable, UnknownBackend
+from .spec import BatchNormSpec
+from .state import BatchNormState
+
+BACKENDS: Final = "bnlayer.backends"
+NATIVE: Final = "bnlayer.native"
+_BUILT_IN: Final = ("numpy", "torch", "tensorflow", "jax", "keras")  # the order of tables, nothing else
+
+
+def known(group: str = BACKENDS) -> dict[str, EntryPoint]:
+    """The registered entry points of a group by name: ours first, then the rest by name."""
+    found = {entry.name: entry for entry in entry_points(group=group)}
+    order = [*(n for n in _BUILT_IN if n in found), *sorted(n for n in found if n not in _BUILT_IN)]
+    return {name: found[name] for name in order}
+
+
+def is_ours(entry: EntryPoint) -> bool:
+    """Whether bnlayer itself registered this entry point, and not another distribution."""
+    return entry.dist is not None and entry.dist.name == "bnlayer"
+
+
+def backend(name: str) -> Backend:
+    """The backend of this name, or the object at `package.module:ATTRIBUTE`, which nobody needs to have registered.
+
+    The backend's framework is imported only when it is used; `Backend.version()` tells whether it is there.
+
+    Raises:
+        UnknownBackend: no backend has this name, or there is no such object, or it is not a backend.
+        BackendUnavailable: the entry point's own module cannot be imported.
+    """
+    if ":" in name:
+        return _at(name)
+    for group in (BACKENDS, NATIVE):
+        if name in known(group):
+            return _load(group, name)
+    names = ", ".join([*known(BACKENDS), *known(NATIVE)])
+    raise UnknownBackend(f"unknown backend {name!r}. Known: {names}. Or give package.module:ATTRIBUTE.")
+
+
+def owner(layer: Layer) -> Backend:
+    """The backend whose layer this is; imports no framework.
+
+    Raises:
+        UnknownBackend: no registered backend owns it.
+    """
+    for group in (BACKENDS, NATIVE):
+        for name in known(group):
+            try:
+                candidate = _load(group, name)
+            except BackendUnavailable:
+                continue  # a backend that cannot be imported has built no layer in this process
+            if candidate.owns(layer):
+                return candidate
+    raise UnknownBackend(
+        f"no backend owns a {type(layer).__module__}.{type(layer).__qualname__}; known: {', '.join(known())}."
+    )
+
+
+def build(
+    spec: BatchNormSpec, backend: str | Backend, state: BatchNormState[Any] | None = None, device: Any = None
+) -> Layer:
+    """A native layer of `spec`, in the framework of `backend` (a name or a backend object).
+
+    Args:
+        spec: what to build.
+        backend: "numpy", "torch", "tensorflow", "jax", "keras", or another registered or importable one.
+        state: numpy arrays to start from, copied; None for the initial ones.
+        device: in the framework's own words, such as "cuda"; None for its default.
+
+    Raises:
+        UnknownBackend, BackendUnavailable, UnsupportedError, StateError
+    """
+    target = _named(backend) if isinstance(backend, str) else backend
+    return target.build(spec, state, device=device)
+
+
+def extract(layer: Layer) -> tuple[BatchNormSpec, BatchNormState[NDArray]]:
+    """The spec and a numpy copy of the state of any layer that a registered backend owns.
+
+    Raises:
+        UnknownBackend: no backend owns it.
+    """
+    return owner(layer).extract(layer)
+
+
+def load(layer: Layer, state: BatchNormState[Any]) -> Layer:
+    """The layer with `state` in it: the same object where the framework's layers are mutable, else a new one.
+
+    Raises:
+        UnknownBackend: no backend owns it.
+        StateError: the state does not fit the layer's spec.
+    """
+    return owner(layer).load(layer, state)
+
+
+_named = backend  # `build` has a parameter of that name
+
+
+@cache
+def _load(group: str, name: str) -> Backend:
+    entry = known(group)[name]
+    try:
+        return _checked(entry.load(), entry.value)
+    except (ImportError, AttributeError) as error:
+        raise BackendUnavailable(f"backend {name!r} ({entry.value}) cannot be imported: {error}.") from error
+
+
+def _at(path: str) -> Backend:
+    module, _, attribute = path.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnknownBackend(f"no backend at {path!r}: {error}.") from error
+    return _checked(found, path)
+
+
+def _checked(found: Any, path: str) -> Backend:
+    if not isinstance(found, Backend):
+        lacks = [n for n in ("name", "version", "owns", "unsupported", "build", "extract", "load", "step")
+                 if not hasattr(found, n)]  # fmt: skip
+        raise UnknownBackend(f"{path!r} is not a backend; it lacks {', '.join(lacks)} (see bnlayer.contract.Backend).")
+    return found
