@@ -69,7 +69,9 @@ def plan_call(
     axis = spec.axis + rank if spec.axis < 0 else spec.axis
     if not 0 < axis < rank:
         which = "is the batch axis" if axis == 0 else "is not an axis"
-        raise InputError(f"axis {spec.axis} {which} of x with shape {_shown(shape)}; build the layer with another axis.")
+        raise InputError(
+            f"axis {spec.axis} {which} of x with shape {_shown(shape)}; build the layer with another axis."
+        )
     if shape[axis] is not None and shape[axis] != spec.num_features:
         raise InputError(f"x must have {spec.num_features} channels on axis {spec.axis}; got shape {_shown(shape)}.")
     reduced = tuple(i for i in range(rank) if i != axis)

@@ -87,6 +87,7 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """Unique, such as "torch" or "torch.nn"."""
+        ...
 
     def version(self) -> str:
         """The framework's version.
@@ -94,12 +95,15 @@ class Backend(Protocol):
         Raises:
             BackendUnavailable: the framework cannot be imported (see `require`).
         """
+        ...
 
     def owns(self, layer: Layer) -> bool:
         """Whether `extract` and `load` take this object. Does not import the framework."""
+        ...
 
     def unsupported(self, spec: BatchNormSpec, request: Request | None = None) -> str | None:
         """Why this spec (and request) cannot be run here, naming the field or argument; None if it can."""
+        ...
 
     def build(self, spec: BatchNormSpec, state: BatchNormState[NDArray] | None = None, *, device: Any = None) -> Layer:
         """A new native layer of this spec; its state is copied in, or initial.
@@ -108,9 +112,11 @@ class Backend(Protocol):
             UnsupportedError: `unsupported(spec)` has a reason.
             StateError: the state does not fit the spec.
         """
+        ...
 
     def extract(self, layer: Layer) -> tuple[BatchNormSpec, BatchNormState[NDArray]]:
         """The layer's spec and a copy of its state."""
+        ...
 
     def load(self, layer: Layer, state: BatchNormState[NDArray]) -> Layer:
         """The layer with this state in it: the same object where layers are mutable.
@@ -118,6 +124,7 @@ class Backend(Protocol):
         Raises:
             StateError: the state does not fit the layer's spec.
         """
+        ...
 
     def step(self, layer: Layer, request: Request) -> tuple[Layer, Outcome]:
         """Run one step, numpy in and numpy out. For conformance and parity; users call the native layer.
@@ -126,6 +133,7 @@ class Backend(Protocol):
             InputError: the request does not fit the layer.
             UnsupportedError: `unsupported(spec, request)` has a reason.
         """
+        ...
 
 
 @runtime_checkable
@@ -135,6 +143,7 @@ class NativeBackend(Backend, Protocol):
     @property
     def deviations(self) -> Path:
         """The deviations file (format: `bnlayer_conformance.deviations`)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,24 +162,31 @@ class ModelAdapter(Protocol):
     @property
     def name(self) -> str:
         """The backend's name."""
+        ...
 
     def batch_norms(self, model: Any) -> Sequence[LayerRecord]:
         """The model's batch norms in execution order."""
+        ...
 
     def capture(self, model: Any, inputs: Sequence[NDArray]) -> dict[str, tuple[NDArray, NDArray]]:
         """One eval forward pass; each layer's input and output by the layer's name."""
+        ...
 
     def train_steps(self, model: Any, batches: Iterable[Sequence[NDArray]]) -> Any:
         """One training forward pass a batch, statistics updated, parameters untouched; the model after."""
+        ...
 
     def replace(self, model: Any, function: Callable[[LayerRecord], Layer]) -> Any:
         """The model with each batch norm replaced by what `function` returns for it."""
+        ...
 
     def read(self, model: Any) -> dict[str, NDArray]:
         """Every named tensor of the model."""
+        ...
 
     def write(self, model: Any, tensors: dict[str, NDArray], specs: dict[str, BatchNormSpec]) -> Any:
         """The model with these tensors, and each batch norm's epsilon and momentum, set."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -228,4 +244,6 @@ def require(module: str, extra: str) -> ModuleType:
             raise BackendUnavailable(f"{module} is not installed. Run: {install}") from error
         raise BackendUnavailable(f"{module} is installed, but lacks {error.name}. Run: {install}") from error
     except Exception as error:  # a broken framework may raise anything while it loads its libraries
-        raise BackendUnavailable(f"{module} fails to import ({type(error).__name__}: {error}). Run: {install}") from error
+        raise BackendUnavailable(
+            f"{module} fails to import ({type(error).__name__}: {error}). Run: {install}"
+        ) from error

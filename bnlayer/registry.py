@@ -125,12 +125,14 @@ def _at(path: str) -> Backend:
         found = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: a relative module name
         raise UnknownBackend(f"no backend at {path!r}: {error}.") from error
     return _checked(found, path)
 
 
 def _checked(found: Any, path: str) -> Backend:
+    if isinstance(found, type):
+        raise UnknownBackend(f"{path!r} is a class; name an object of it, such as {path.partition(':')[0]}:BACKEND.")
     if not isinstance(found, Backend):
         lacks = [n for n in ("name", "version", "owns", "unsupported", "build", "extract", "load", "step")
                  if not hasattr(found, n)]  # fmt: skip

@@ -35,6 +35,7 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "stats_dtype": FLOAT_DTYPES,
 }
 _FLAGS: Final = ("center", "scale", "track_moving_stats", "synchronized")
+_LEAST, _MOST = -(2**63), 2**63 - 1  # no length or axis is beyond, and a file could ask for a million digits
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,11 @@ class BatchNormSpec:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
-                raise SpecError(f"{name} must be one of {_listed(choices)}; got {value!r}.")
+                raise SpecError(f"{name} must be one of {_listed(choices)}; got {_shown(value)}.")
         if self.virtual_batch_size is not None:
             put(self, "virtual_batch_size", _integer("virtual_batch_size", self.virtual_batch_size, low=1))
         if self.renorm is not None and not isinstance(self.renorm, Renorm):
-            raise SpecError(f"renorm must be None or a Renorm; got {self.renorm!r}.")
+            raise SpecError(f"renorm must be None or a Renorm; got {_shown(self.renorm)}.")
         if self.axis == 0:
             raise SpecError("axis 0 is the batch axis; give the channel axis, for example 1 or -1.")
         self._refuse_contradictions()
@@ -252,39 +253,39 @@ def _number(name: str, value: object, *, low: float, high: float = math.inf, als
     if also:
         expected += f" or {also}"
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise SpecError(f"{name} must be {expected}; got {value!r}.")
+        raise SpecError(f"{name} must be {expected}; got {_shown(value)}.")
     try:
         number = float(value)
     except OverflowError:  # an integer beyond float64
         number = math.inf
     if not math.isfinite(number) or not low <= number <= high:
-        raise SpecError(f"{name} must be {expected}; got {value!r}.")
+        raise SpecError(f"{name} must be {expected}; got {_shown(value)}.")
     return number + 0.0  # -0.0 and 0.0 are one value
 
 
 def _integer(name: str, value: object, *, low: int | None = None) -> int:
-    expected = "an integer" if low is None else f"an integer of at least {low}"
+    expected = "a 64-bit integer" if low is None else f"a 64-bit integer of at least {low}"
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise SpecError(f"{name} must be {expected}; got {value!r}.")
-    if low is not None and value < low:
-        raise SpecError(f"{name} must be {expected}; got {value!r}.")
+        raise SpecError(f"{name} must be {expected}; got {_shown(value)}.")
+    if not (_LEAST if low is None else low) <= value <= _MOST:
+        raise SpecError(f"{name} must be {expected}; got {_shown(value)}.")
     return int(value)
 
 
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise SpecError(f"{name} must be True or False; got {value!r}.")
+        raise SpecError(f"{name} must be True or False; got {_shown(value)}.")
     return bool(value)
 
 
 def _dtype_name(name: str, value: object) -> str:
     if isinstance(value, str):
         return value
-    # numpy's own float types and ml_dtypes.bfloat16 know their name; anything else is refused by the choices.
-    try:
-        return np.dtype(value).name  # type: ignore[call-overload, no-any-return]
-    except TypeError as error:
-        raise SpecError(f"{name} must be one of {_listed(FLOAT_DTYPES)}; got {value!r}.") from error
+    # numpy's own float types and ml_dtypes.bfloat16 know their name. What else numpy would take (None is float64 to
+    # it) was not meant as a dtype.
+    if isinstance(value, (type, np.dtype)):
+        return np.dtype(value).name
+    raise SpecError(f"{name} must be one of {_listed(FLOAT_DTYPES)}; got {_shown(value)}.")
 
 
 def _refuse_unknown(given: Mapping[str, Any], what: str, known: list[str]) -> None:
@@ -295,3 +296,12 @@ def _refuse_unknown(given: Mapping[str, Any], what: str, known: list[str]) -> No
 
 def _listed(choices: tuple[str, ...]) -> str:
     return ", ".join(repr(choice) for choice in choices)
+
+
+def _shown(value: object) -> str:
+    """`value` for a message; one that came from a file may be endless, or an integer too long for Python to print."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."

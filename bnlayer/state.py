@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
+import tokenize
 import zipfile
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +38,11 @@ _INITIAL: Final = {
 _PARAMETERS: Final = ("gamma", "beta")
 _NOT_NEGATIVE: Final = ("moving_variance", "hidden_variance", "renorm_stddev", "moving_stddev")
 MAX_COUNTER: Final = 2**63 - 1
+# What zipfile, numpy's header reader and json raise on damaged bytes; none of them promises one kind of error.
+_DAMAGE: Final = (
+    ValueError, TypeError, KeyError, EOFError, OSError, RuntimeError, MemoryError, SyntaxError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +78,7 @@ class BatchNormState(Generic[Array]):
         # renorm averages a standard deviation, which at moving variance 1 is this (DESIGN: sqrt(moving_variance+eps)).
         fill["renorm_stddev"] = fill["moving_stddev"] = (1.0 + spec.epsilon) ** 0.5
         return BatchNormState(
-            **{
-                name: np.full(spec.num_features, fill[name], array_dtype(spec, name))
-                for name in array_names(spec)
-            }
+            **{name: np.full(spec.num_features, fill[name], array_dtype(spec, name)) for name in array_names(spec)}
         )
 
     def arrays(self) -> dict[str, Array]:
@@ -97,7 +101,7 @@ class BatchNormState(Generic[Array]):
         )
 
     def astype(self, spec: BatchNormSpec) -> BatchNormState[np.ndarray[Any, Any]]:
-        """This state with its numpy arrays in the dtypes of `spec`; the explicit word where `checked` refuses a dtype."""
+        """This state, its numpy arrays in the dtypes of `spec`: the explicit word where `checked` refuses a dtype."""
         return BatchNormState(
             **{name: np.asarray(array).astype(array_dtype(spec, name)) for name, array in self.arrays().items()},
             num_updates=self.num_updates,
@@ -115,7 +119,9 @@ class BatchNormState(Generic[Array]):
         if missing:
             raise StateError(f"the state lacks {', '.join(missing)}, which this spec needs; it has {_listed(given)}.")
         if extra:
-            raise StateError(f"the state has {', '.join(extra)}, which this spec has no place for; it takes {_listed(wanted)}.")
+            raise StateError(
+                f"the state has {', '.join(extra)}, which this spec has no place for; it takes {_listed(wanted)}."
+            )
         arrays = {name: _checked_array(name, given[name], spec) for name in wanted}
         return BatchNormState(**arrays, num_updates=_checked_counter(self.num_updates, spec))
 
@@ -133,8 +139,12 @@ class BatchNormState(Generic[Array]):
             members[name] = values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values
         if self.num_updates is not None:
             members["num_updates"] = np.asarray(self.num_updates, np.int64)
-        with open(path, "wb") as file:  # a path would make numpy append ".npz" to it
-            np.savez(file, allow_pickle=False, dtypes=np.array(json.dumps(dtypes)), **members)
+        members["dtypes"] = np.array(json.dumps(dtypes))
+        # Not numpy.savez: it would pickle what is not an array of numbers, and stamps the time into the file.
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, values in members.items():
+                with archive.open(f"{name}.npy", "w") as stream:
+                    np.lib.format.write_array(stream, values, version=(1, 0), allow_pickle=False)
 
     @classmethod
     def from_npz(cls, path: str | Path) -> BatchNormState[np.ndarray[Any, Any]]:
@@ -144,17 +154,14 @@ class BatchNormState(Generic[Array]):
             FileError: the file is not such an `.npz`, or is damaged.
             OSError: the file cannot be opened.
         """
-        try:
-            return _read_npz(path)
-        except FileError:
-            raise
-        except OSError as error:
-            if error.errno is not None:
+        with Path(path).open("rb") as file:
+            try:
+                return _read_npz(file, path)
+            except FileError:
                 raise
-            raise FileError(f"{path}: not a batch norm state; {error}.") from error
-        except (ValueError, EOFError, KeyError, TypeError, NotImplementedError, RuntimeError, RecursionError,
-                MemoryError, SyntaxError, zipfile.BadZipFile) as error:  # fmt: skip
-            raise FileError(f"{path}: not a batch norm state, or damaged ({type(error).__name__}: {error}).") from error
+            except _DAMAGE as error:
+                why = f"{type(error).__name__}: {error}"
+                raise FileError(f"{path}: not a batch norm state, or damaged ({why}).") from error
 
 
 def array_names(spec: BatchNormSpec) -> tuple[str, ...]:
@@ -213,9 +220,9 @@ def _checked_counter(value: Any, spec: BatchNormSpec) -> int:
     return int(array)
 
 
-def _read_npz(path: str | Path) -> BatchNormState[np.ndarray[Any, Any]]:
+def _read_npz(file: IO[bytes], path: str | Path) -> BatchNormState[np.ndarray[Any, Any]]:
     known = [f.name for f in dataclasses.fields(BatchNormState)]
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         members: dict[str, np.ndarray[Any, Any]] = {}
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")

@@ -141,8 +141,8 @@ def batch_norm_backward(dy: NDArray, cache: Cache) -> Gradients:
         if w is not None:
             # A masked position may hold anything; what is not finite there must not reach the sums.
             xhat = np.where((w.values > 0) | np.isfinite(xhat), xhat, 0)
-        s1 = np.sum(dy, axis=plan.reduced, keepdims=True, dtype=np.float64)
-        s2 = np.sum(dy * xhat, axis=plan.reduced, keepdims=True, dtype=np.float64)
+        s1: NDArray = dy.sum(axis=plan.reduced, keepdims=True, dtype=np.float64)
+        s2: NDArray = (dy * xhat).sum(axis=plan.reduced, keepdims=True, dtype=np.float64)
         sd2 = cache.variance + spec.epsilon
         gamma = np.ones(plan.channel_shape) if cache.gamma is None else _per_channel(cache.gamma, plan, np.float64)
         through = dy if cache.proportions is None else dy - cache.proportions * (s1 + xhat * s2)
@@ -160,14 +160,14 @@ def _dweights(cache: Cache, w: Weights, gamma: NDArray, xhat: NDArray, s1: NDArr
     if cache.proportions is None:  # the moving statistics normalized: the weights had no part in y
         return np.zeros(cache.weights_given, cache.weights_dtype)
     ratio = cache.variance / (cache.variance + cache.spec.epsilon)
-    at_positions = -gamma * (xhat * s1 + 0.5 * (np.square(xhat, dtype=np.float64) - ratio) * s2) / w.total
+    at_positions: NDArray = -gamma * (xhat * s1 + 0.5 * (np.square(xhat, dtype=np.float64) - ratio) * s2) / w.total
     spread_over = tuple(i for i, length in enumerate(w.values.shape) if length == 1)
     return at_positions.sum(axis=spread_over).reshape(cache.weights_given).astype(cache.weights_dtype)
 
 
 def _normalized(cache: Cache) -> NDArray:
     """(x - mean) / sqrt(variance + eps), at every position, in the plan's arithmetic."""
-    scaled = (cache.x - cache.mean) / np.sqrt(cache.variance + cache.spec.epsilon)
+    scaled: NDArray = (cache.x - cache.mean) / np.sqrt(cache.variance + cache.spec.epsilon)
     return scaled.astype(cache.plan.arithmetic)
 
 

@@ -39,7 +39,7 @@ def batch_moments(x: NDArray, plan: CallPlan, weights: Weights | None) -> Moment
 
     def mean(values: NDArray) -> NDArray:
         values = values if weights is None else values * weights.proportions
-        total: NDArray = np.sum(values, axis=plan.reduced, keepdims=True, dtype=np.float64)
+        total: NDArray = values.sum(axis=plan.reduced, keepdims=True, dtype=np.float64)
         return total if weights is not None else total / plan.count
 
     concentration = 1.0 / (plan.count or 1) if weights is None else weights.concentration

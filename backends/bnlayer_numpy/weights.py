@@ -42,8 +42,9 @@ def read_weights(weights: NDArray, plan: CallPlan) -> Weights:
     if weights.dtype.kind not in "biuf" and weights.dtype.name != "bfloat16":
         raise InputError(f"weights must be real or boolean; got {weights.dtype}.")
     values = weights.astype(np.float64).reshape([int(length or 0) for length in plan.weights_shape])
-    if not bool(np.all((values >= 0) & (values < np.inf))):
-        raise InputError(f"weights must be finite and not negative; got {values[~((values >= 0) & (values < np.inf))][0]}.")
+    refused = ~((values >= 0) & (values < np.inf))
+    if bool(refused.any()):
+        raise InputError(f"weights must be finite and not negative; got {values[refused][0]}.")
     real = weights.dtype.kind not in "biu"
     largest = float(values.max(initial=0.0))
     if largest == 0.0:
