@@ -1,0 +1,135 @@
+"""`BatchNorm`: a small immutable layer over `batch_norm`, for JAX; a pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+from bnlayer.call import trains
+from bnlayer.errors import StateError
+from bnlayer.spec import BatchNormSpec
+from bnlayer.state import BatchNormState
+
+from .function import batch_norm
+from .precision import refuse_missing_float64
+from .state import from_numpy
+from .support import MISSING
+
+
+class BatchNorm:
+    """Batch normalization that carries its own state: every call returns the layer after.
+
+        layer = BatchNorm(BatchNormSpec(3))
+        y, layer = layer(x, training=True)
+
+    A pytree whose leaves are the state's arrays: pass it through jit, scan or vmap as it is. To differentiate, take
+    the floating-point part out, since the counter has no gradient:
+
+        def loss(parameters, layer, x):
+            y, layer = layer.with_parameters(parameters)(x, training=True)
+            return jnp.mean(y**2), layer
+
+        gradients, layer = jax.grad(loss, has_aux=True)(layer.parameters, layer, x)
+
+    Attributes:
+        spec: what the layer is; static.
+        state: parameters and moving statistics, JAX arrays.
+        frozen_statistics: True: the moving statistics normalize and stay as they are, in training too; static.
+    """
+
+    __slots__ = ("frozen_statistics", "spec", "state")
+
+    spec: BatchNormSpec
+    state: BatchNormState[jax.Array]
+    frozen_statistics: bool
+
+    def __init__(
+        self, spec: BatchNormSpec, state: BatchNormState[Any] | None = None, *, frozen_statistics: bool = False
+    ) -> None:
+        """A layer of this spec.
+
+        Args:
+            spec: what the layer is.
+            state: numpy or concrete JAX arrays, copied and checked; None: the initial ones. For traced arrays use
+                `replace`.
+            frozen_statistics: see the attribute.
+
+        Raises:
+            UnsupportedError: the spec asks for what this backend lacks, or for float64 without x64.
+            StateError: the state does not fit the spec.
+        """
+        MISSING.refuse("jax", spec)
+        refuse_missing_float64(spec, "")
+        state = from_numpy(BatchNormState.initial(spec) if state is None else state, spec)
+        _fill(self, spec, state, frozen_statistics)
+
+    def __call__(
+        self, x: ArrayLike, *, training: bool, weights: ArrayLike | None = None, update_stats: bool = True
+    ) -> tuple[jax.Array, BatchNorm]:
+        """Normalize x; see `bnlayer_jax.batch_norm`. Returns y and the layer after."""
+        y, state = batch_norm(
+            x,
+            self.state,
+            self.spec,
+            training=trains(self.spec, training, self.frozen_statistics),
+            weights=weights,
+            update_stats=update_stats,
+        )
+        return y, self.replace(state=state)
+
+    @property
+    def parameters(self) -> dict[str, jax.Array]:
+        """Those of "gamma" and "beta" that the spec has: what an optimizer moves."""
+        return {name: array for name, array in self.state.arrays().items() if name in ("gamma", "beta")}
+
+    def with_parameters(self, parameters: Mapping[str, jax.Array]) -> BatchNorm:
+        """This layer with other parameters.
+
+        Raises:
+            StateError: the names are not those of `parameters`.
+        """
+        if set(parameters) != set(self.parameters):
+            raise StateError(
+                f"the parameters of this layer are {', '.join(self.parameters) or 'none'}; got"
+                f" {', '.join(sorted(parameters)) or 'none'}."
+            )
+        return self.replace(state=self.state.replace(**parameters))
+
+    def replace(
+        self, *, state: BatchNormState[jax.Array] | None = None, frozen_statistics: bool | None = None
+    ) -> BatchNorm:
+        """This layer with another state, or frozen or not; the state is taken as it is, traced or not."""
+        return _assembled(
+            (self.spec, self.frozen_statistics if frozen_statistics is None else frozen_statistics),
+            (self.state if state is None else state,),
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a BatchNorm of bnlayer_jax is immutable; to change {name}, use what replace() returns.")
+
+    def __repr__(self) -> str:
+        return f"BatchNorm({self.spec}, frozen_statistics={self.frozen_statistics})"
+
+
+def _fill(layer: BatchNorm, spec: BatchNormSpec, state: Any, frozen_statistics: bool) -> None:
+    put = object.__setattr__
+    put(layer, "spec", spec)
+    put(layer, "state", state)
+    put(layer, "frozen_statistics", frozen_statistics)
+
+
+def _assembled(static: tuple[BatchNormSpec, bool], children: Any) -> BatchNorm:
+    """A layer of these parts, unchecked: JAX rebuilds pytrees around placeholders too."""
+    layer = object.__new__(BatchNorm)
+    _fill(layer, static[0], children[0], static[1])
+    return layer
+
+
+def _parts(layer: BatchNorm) -> tuple[tuple[tuple[Any, Any]], tuple[BatchNormSpec, bool]]:
+    return ((jax.tree_util.GetAttrKey("state"), layer.state),), (layer.spec, layer.frozen_statistics)
+
+
+jax.tree_util.register_pytree_with_keys(BatchNorm, _parts, _assembled)
