@@ -1,0 +1,97 @@
+"""torch's own batch norm kernels, where they compute the spec.
+
+They normalize over axis 1, with gradients that are right to second order. In training they give the batch's mean and
+unbiased variance through the moving statistics: from zeros, with a momentum of 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from bnlayer.call import CallPlan
+
+from .dtypes import DTYPES, HALVES
+from .statistics import Moments
+
+# From this many elements a channel on, the error of a sum that adds one element after the other is no longer small
+# against the error of the rest: on a constant channel it grows like count/8 roundings.
+_LONG_SUM: Final = 16
+
+
+def from_batch(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, epsilon: float, plan: CallPlan
+) -> tuple[Tensor, Moments]:
+    """y by the batch's statistics, and these, without gradient.
+
+    Args:
+        x: float tensor with at least two elements a channel.
+        gamma, beta: of the plan's arithmetic, or None.
+        epsilon: above 0.
+        plan: of this call.
+    """
+    assert plan.count is not None and plan.count > 1
+    shift = None
+    if sums_drift(x, plan.axis, plan.count):
+        shift = x.detach().mean(plan.reduced, keepdim=True)
+        x = x - shift
+    # Zeros like a row of x, and not just zeros: under vmap they have to be as many as x.
+    row = x.detach().movedim(plan.axis, -1)[(0,) * len(plan.reduced)]
+    mean = torch.zeros_like(row, dtype=DTYPES[plan.arithmetic])
+    unbiased = torch.zeros_like(mean)
+    y = _on_axis_1(
+        lambda x: torch.batch_norm(
+            x, gamma, beta, mean, unbiased, True, 1.0, epsilon, torch.backends.cudnn.enabled
+        ),
+        x,
+        plan.axis,
+    )  # fmt: skip
+    variance = unbiased * ((plan.count - 1) / plan.count)
+    return y, Moments(mean if shift is None else mean + shift.reshape(-1), variance, unbiased)
+
+
+def from_moving(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    epsilon: float,
+    plan: CallPlan,
+) -> Tensor:
+    """y by given statistics; `mean`, `variance`, `gamma` and `beta` are of the plan's arithmetic."""
+    return _on_axis_1(
+        lambda x: torch.batch_norm(
+            x, gamma, beta, mean, variance, False, 0.0, epsilon, torch.backends.cudnn.enabled
+        ),
+        x,
+        plan.axis,
+    )  # fmt: skip
+
+
+def sums_drift(x: Tensor, axis: int, count: int) -> bool:
+    """Whether the kernel would lose accuracy in its sums over x, unless x is centered first.
+
+    On the CPU it adds up one element after the other in x's own precision, but for float32 with the positions
+    innermost, which it adds in double. Half inputs have so few bits that their sums in float32 stay exact for longer.
+    """
+    if count <= _LONG_SUM or x.device.type != "cpu" or x.dtype in HALVES:
+        return False
+    in_double = x.dtype == torch.float32 and x.is_contiguous() and math.prod(x.shape[axis + 1 :]) > 1
+    return not in_double
+
+
+def _on_axis_1(kernel: Callable[[Tensor], Tensor], x: Tensor, axis: int) -> Tensor:
+    """The kernel on x with its channel axis moved to 1, without copying x."""
+    if axis == 1:
+        return kernel(x)
+    if x.is_contiguous():
+        # The axes on either side of the channels are one axis each; with none behind, the kernel for rank 2 is faster.
+        before, behind = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+        merged = (before, x.shape[axis], behind) if behind > 1 else (before, x.shape[axis])
+        return kernel(x.reshape(merged)).reshape(x.shape)
+    return kernel(x.movedim(axis, 1)).movedim(1, axis)

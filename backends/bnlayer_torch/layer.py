@@ -1,0 +1,350 @@
+"""`torch.nn` modules over `batch_norm`: `BatchNorm1d/2d/3d` with torch's own arguments, `BatchNorm` from a spec.
+
+They are instances of torch's classes, with the same parameters, buffers and state_dict keys, so that tools find them.
+Attributes are the truth: set `layer.momentum`, `layer.eps` and so on at any time; `layer.spec` is computed from them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, ClassVar, Final, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+
+from bnlayer.call import trains
+from bnlayer.dialects import complement
+from bnlayer.errors import InputError, SpecError, StateError
+from bnlayer.spec import BatchNormSpec, Estimator, NonFinite, SingleValue
+from bnlayer.state import BatchNormState
+
+from .dtypes import DTYPES, HALVES, dtype_name
+from .function import batch_norm
+from .fused import sums_drift
+from .support import MISSING
+
+
+class Module(TorchBatchNorm):
+    """What all our modules share.
+
+    Attributes:
+        num_features, eps, momentum, affine, track_running_stats: as torch's; `momentum` None averages all updates.
+        axis: the channel axis.
+        moving_variance_estimator, single_value, nonfinite: as the spec's.
+        frozen_statistics: True: the moving statistics normalize and stay as they are, in training too; `train()` does
+            not change it.
+        weight, bias: gamma and beta, or None.
+        running_mean, running_var, num_batches_tracked: the moving statistics and their counter, or None.
+    """
+
+    _ranks: ClassVar[tuple[int, ...]] = ()  # of the inputs that the class takes; empty for any
+
+    axis: int
+    moving_variance_estimator: Estimator
+    single_value: SingleValue
+    nonfinite: NonFinite
+    frozen_statistics: bool
+
+    def _set_up(self, spec: BatchNormSpec, device: Any) -> None:
+        """Fill a new module that torch's constructor left without parameters and buffers."""
+        MISSING.refuse("torch", spec)
+        self.num_features = spec.num_features
+        self.eps = spec.epsilon
+        self.momentum = None if spec.decay == "cumulative" else complement(float(spec.decay))
+        self.affine = spec.scale
+        self.track_running_stats = spec.track_moving_stats
+        self.axis = spec.axis
+        self.moving_variance_estimator = spec.moving_variance_estimator
+        self.single_value = spec.single_value
+        self.nonfinite = spec.nonfinite
+        self.frozen_statistics = False
+        # A module without parameters or without statistics has no tensor that would tell their dtype.
+        self._param_dtype, self._stats_dtype = spec.param_dtype, spec.stats_dtype
+        for name, present in (("weight", spec.scale), ("bias", spec.center)):
+            values = torch.empty(spec.num_features, dtype=DTYPES[spec.param_dtype], device=device)
+            self.register_parameter(name, torch.nn.Parameter(values) if present else None)
+        if spec.track_moving_stats:
+            for name in ("running_mean", "running_var"):
+                self.register_buffer(
+                    name, torch.empty(spec.num_features, dtype=DTYPES[spec.stats_dtype], device=device)
+                )
+            self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        self.reset_parameters()
+
+    @property
+    def spec(self) -> BatchNormSpec:
+        """What the module is now, by its attributes and the dtypes of its tensors.
+
+        Raises:
+            SpecError: an attribute was set to what no batch norm can be.
+        """
+        stored = self.weight if self.weight is not None else self.bias
+        tracked = self.running_mean
+        return _spec(
+            self.num_features,
+            self.axis,
+            self.eps,
+            self.momentum,
+            self.bias is not None,
+            self.weight is not None,
+            self.track_running_stats,
+            self.moving_variance_estimator,
+            self.single_value,
+            self.nonfinite,
+            self._param_dtype if stored is None else dtype_name(stored.dtype),
+            self._stats_dtype if tracked is None else dtype_name(tracked.dtype),
+        )
+
+    def reset_parameters(self) -> None:
+        """Back to a module that never trained: gamma 1, beta 0, moving mean 0, moving variance 1, counter 0."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor, weights: Tensor | None = None, *, update_stats: bool = True) -> Tensor:
+        """Normalize `input`, and in training update the moving statistics.
+
+        Args:
+            input: float tensor, `num_features` long on the channel axis.
+            weights: mask or weights of shape (N,), the input's shape without the channel axis, or with 1 on it.
+            update_stats: False: batch statistics normalize, but the moving ones and the counter stay (for
+                recomputation and extra forward passes).
+
+        Returns:
+            A tensor of the input's shape and dtype.
+
+        Raises:
+            InputError: the input or the weights do not fit the module.
+            SpecError: an attribute was set to what no batch norm can be.
+        """
+        self._check_input_dim(input)
+        training = self.training and not self.frozen_statistics
+        if weights is None and update_stats and self._is_plain(input, training):
+            return self._plain(input, training)
+        spec = self.spec
+        training = trains(spec, self.training, self.frozen_statistics)
+        before = self._state(spec, copied=not training and torch.is_grad_enabled())
+        y, after = batch_norm(input, before, spec, training=training, weights=weights, update_stats=update_stats)
+        if after is not before:
+            self._keep(after)
+        return y
+
+    def _is_plain(self, x: Tensor, training: bool) -> bool:
+        """Whether torch's kernel does all that this call asks for, on the module's own tensors.
+
+        Never True for what has to be refused: `batch_norm` says what is wrong with it.
+        """
+        mean, eps = self.running_mean, self.eps
+        if mean is None or not self.track_running_stats or self.axis != 1 or not isinstance(eps, float):
+            return False
+        stored, shape = mean.dtype, x.shape
+        if (
+            not 0.0 < eps < torch.inf
+            or (x.dtype != stored and not (stored is torch.float32 and x.dtype in HALVES))
+            or stored in HALVES
+            or len(shape) < 2
+            or shape[1] != self.num_features
+        ):
+            return False
+        weight, bias = self.weight, self.bias
+        if (weight is not None and weight.dtype != stored) or (bias is not None and bias.dtype != stored):
+            return False
+        count = x.numel() // self.num_features
+        if not training:
+            return count > 0
+        momentum = self.momentum
+        return (
+            count > 1
+            and isinstance(momentum, float)
+            and 0.0 <= momentum <= 1.0
+            and self.moving_variance_estimator == "unbiased"
+            and self.nonfinite == "propagate"
+            and not sums_drift(x, 1, count)
+        )
+
+    def _plain(self, x: Tensor, training: bool) -> Tensor:
+        mean, variance, momentum = self.running_mean, self.running_var, self.momentum or 0.0
+        assert mean is not None and variance is not None
+        if training:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            # The kernel keeps what it is given for the backward pass, which in training makes no use of it. By another
+            # handle on the same memory a later change of the statistics does not look like damage to that pass.
+            mean, variance = mean.data, variance.data
+        elif torch.is_grad_enabled():
+            # Here the backward pass does use them, and a later training call changes them in place.
+            mean, variance = mean.clone(), variance.clone()
+        return torch.batch_norm(
+            x, self.weight, self.bias, mean, variance, training, momentum, self.eps, torch.backends.cudnn.enabled
+        )  # fmt: skip
+
+    def _state(self, spec: BatchNormSpec, *, copied: bool = False) -> BatchNormState[Tensor]:
+        """The module's tensors as a state; with `copied`, statistics that later calls do not change in place."""
+        if not spec.track_moving_stats:
+            return BatchNormState(gamma=self.weight, beta=self.bias)
+        mean, variance, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or variance is None or counter is None:
+            raise StateError(
+                "track_running_stats is True, but the module was built without moving statistics; build it with"
+                " track_running_stats=True."
+            )
+        return BatchNormState(
+            gamma=self.weight,
+            beta=self.bias,
+            moving_mean=mean.clone() if copied else mean,
+            moving_variance=variance.clone() if copied else variance,
+            num_updates=counter,
+        )
+
+    @torch.no_grad()
+    def _keep(self, after: BatchNormState[Tensor]) -> None:
+        """Write moved statistics into the buffers, which stay the same tensors for whoever holds them."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert after.moving_mean is not None and after.moving_variance is not None
+        self.running_mean.copy_(after.moving_mean)
+        self.running_var.copy_(after.moving_variance)
+        self.num_batches_tracked.copy_(after.num_updates)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if self._ranks and input.dim() not in self._ranks:
+            expected = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise InputError(f"{type(self).__name__} expects {expected} input; got {input.dim()}D.")
+
+    def extra_repr(self) -> str:
+        """torch's line, and what differs from torch's defaults."""
+        said = [
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine},"
+            f" bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
+        ]
+        said += [f"{name}={getattr(self, name)!r}" for name, usual in _USUAL.items() if getattr(self, name) != usual]
+        return ", ".join(said)
+
+
+_USUAL: Final = {
+    "axis": 1,
+    "moving_variance_estimator": "unbiased",
+    "single_value": "raise",
+    "nonfinite": "propagate",
+    "frozen_statistics": False,
+}
+
+
+class BatchNorm(Module):
+    """Batch normalization of any rank and channel axis, from a spec; otherwise as `BatchNorm1d/2d/3d`."""
+
+    def __init__(self, spec: BatchNormSpec, *, device: Any = None) -> None:
+        super().__init__(0, affine=False, track_running_stats=False)
+        self._set_up(spec, device)
+
+
+class _TorchArguments(Module):
+    """Torch's own arguments and defaults, channels on axis 1."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        center: bool | None = None,
+        scale: bool | None = None,
+        moving_variance_estimator: Estimator = "unbiased",
+        single_value: SingleValue = "raise",
+        nonfinite: NonFinite = "propagate",
+        stats_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Torch's arguments, and by keyword what a spec has beyond them.
+
+        Args:
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's.
+            center, scale: whether there is a bias, a weight; None for what `affine` and `bias` say.
+            moving_variance_estimator, single_value, nonfinite: as in `bnlayer.BatchNormSpec`.
+            stats_dtype: of the moving statistics; None for `dtype`.
+
+        Raises:
+            SpecError: an argument is out of range, or two contradict each other.
+        """
+        super().__init__(0, affine=False, track_running_stats=False)
+        param_dtype = dtype_name(dtype or torch.get_default_dtype())
+        spec = _spec(
+            num_features,
+            1,
+            eps,
+            momentum,
+            affine and bias if center is None else center,
+            affine if scale is None else scale,
+            track_running_stats,
+            moving_variance_estimator,
+            single_value,
+            nonfinite,
+            param_dtype,
+            param_dtype if stats_dtype is None else dtype_name(stats_dtype),
+        )
+        self._set_up(spec, device)
+
+
+class BatchNorm1d(_TorchArguments, torch.nn.BatchNorm1d):
+    """Batch normalization of (N, C) or (N, C, L) input; see `BatchNorm1d.__init__` for torch's arguments and ours."""
+
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(_TorchArguments, torch.nn.BatchNorm2d):
+    """Batch normalization of (N, C, H, W) input; see `BatchNorm2d.__init__` for torch's arguments and ours."""
+
+    _ranks = (4,)
+
+
+class BatchNorm3d(_TorchArguments, torch.nn.BatchNorm3d):
+    """Batch normalization of (N, C, D, H, W) input; see `BatchNorm3d.__init__` for torch's arguments and ours."""
+
+    _ranks = (5,)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _spec(
+    num_features: int,
+    axis: int,
+    eps: float,
+    momentum: float | None,
+    center: bool,
+    scale: bool,
+    track: bool,
+    estimator: Estimator,
+    single_value: SingleValue,
+    nonfinite: NonFinite,
+    param_dtype: str,
+    stats_dtype: str,
+) -> BatchNormSpec:
+    """The spec of these attributes; remembered, for a module asks at every call that torch's kernel cannot do alone."""
+    return BatchNormSpec(
+        num_features,
+        axis=axis,
+        epsilon=eps,
+        decay=_decay(momentum, track),
+        center=center,
+        scale=scale,
+        moving_variance_estimator=estimator,
+        track_moving_stats=track,
+        single_value=single_value,
+        nonfinite=nonfinite,
+        param_dtype=param_dtype,
+        stats_dtype=stats_dtype,
+    )
+
+
+def _decay(momentum: float | None, track: bool) -> float | Literal["cumulative"]:
+    if momentum is None:
+        # torch takes None also where nothing is averaged, and there it has no meaning.
+        return "cumulative" if track else 0.9
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0.0 <= momentum <= 1.0:
+        raise SpecError(f"momentum must be a number in [0, 1], or None for the average of all; got {momentum!r}.")
+    return complement(momentum)

@@ -1,0 +1,102 @@
+"""Batch statistics in torch's own differentiable operations, and the moving average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnlayer.call import CallPlan
+from bnlayer.spec import BatchNormSpec
+from bnlayer.state import BatchNormState
+
+from .weights import Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """One batch's mean, biased and unbiased variance: (C,) each, in the arithmetic's dtype."""
+
+    mean: Tensor
+    variance: Tensor
+    unbiased: Tensor
+
+
+def batch_moments(x: Tensor, plan: CallPlan, weights: Weights | None) -> Moments:
+    """m = sum(w x)/W, v = sum(w (x-m)^2)/W and u = v/(1 - Q/W^2) over all axes but the channel's.
+
+    x has the arithmetic's dtype and at least one element a channel. Right to every order of differentiation.
+    """
+
+    def mean(values: Tensor) -> Tensor:
+        if weights is None:
+            return values.mean(plan.reduced, keepdim=True)
+        return (values * weights.proportions).sum(plan.reduced, keepdim=True)
+
+    # The result does not depend on the shift, so no gradient flows through it. Deviations from it are small: their
+    # mean c is accurate where the shift is off by its rounding, and a constant channel gets no variance from that.
+    counted = x.detach() if weights is None else torch.where(weights.positive, x.detach(), 0.0)
+    shift = mean(counted).detach()
+    deviation = x - shift
+    if weights is not None:
+        deviation = torch.where(_entering(deviation, weights), deviation, 0.0)
+    c = mean(deviation)
+    variance = mean(torch.square(deviation - c)).reshape(-1)
+    if weights is not None:
+        unbiased = variance.detach() * weights.bessel
+    elif plan.count == 1:
+        unbiased = torch.zeros_like(variance)
+    else:
+        assert plan.count is not None
+        unbiased = variance.detach() * (plan.count / (plan.count - 1))
+    return Moments((shift + c).reshape(-1), variance, unbiased.to(variance.dtype))
+
+
+def updated(
+    state: BatchNormState[Tensor], batch: Moments, spec: BatchNormSpec, entered: Tensor | None = None
+) -> BatchNormState[Tensor]:
+    """The state after one batch's statistics entered it: new tensors, without gradient.
+
+    Args:
+        state: has moving statistics; `num_updates` is an int or an integer tensor.
+        batch: what enters.
+        spec: decay, estimator and nonfinite policy.
+        entered: a boolean scalar, False where nothing enters after all; None for True.
+    """
+    assert state.moving_mean is not None and state.moving_variance is not None
+    t = state.num_updates + 1
+    mean, variance = batch.mean.detach(), batch.variance.detach()
+    entering = batch.unbiased if spec.moving_variance_estimator == "unbiased" else variance
+    keep = None if entered is None else ~entered
+    if spec.nonfinite == "keep":
+        # The unbiased variance is derived from these two.
+        lost = ~(torch.isfinite(mean) & torch.isfinite(variance))
+        keep = lost if keep is None else keep | lost
+
+    def average(old: Tensor, new: Tensor) -> Tensor:
+        wide = old.detach().to(torch.promote_types(old.dtype, new.dtype))
+        decay: Any = spec.decay
+        if decay == "cumulative":
+            decay = 1.0 - 1.0 / (t.to(wide.dtype) if isinstance(t, Tensor) else t)
+        moved: Tensor = (decay * wide + (1.0 - decay) * new).to(old.dtype)
+        if keep is None:
+            return moved
+        return torch.where(keep, old.detach(), moved)
+
+    return state.replace(
+        moving_mean=average(state.moving_mean, mean),
+        moving_variance=average(state.moving_variance, entering),
+        num_updates=t if entered is None else state.num_updates + entered,
+    )
+
+
+def _entering(deviation: Tensor, weights: Weights) -> Tensor:
+    """Which positions' values enter the sums: anything may lie under a mask.
+
+    Real weights of 0 get a gradient from the value under them, unless its square is not finite.
+    """
+    if not weights.real:
+        return weights.positive
+    return weights.positive | (deviation.detach().abs() < torch.finfo(deviation.dtype).max ** 0.5 / 2)
