@@ -1,0 +1,203 @@
+"""Run vectors against backends. Needs neither pytest nor mpmath, and names no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+import bnlayer.errors
+from bnlayer.contract import Backend, Call, Outcome, Request
+from bnlayer.errors import BackendUnavailable, BatchNormError
+from bnlayer.spec import BatchNormSpec
+from bnlayer.state import BatchNormState, array_names
+
+from .compare import Finding, compare, compare_counter, worst
+from .vector import Expected, Step, Vector, array
+
+Status = Literal["pass", "fail", "deviation", "unsupported", "error"]
+CALLS = ("train", "eval", "call_twice")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One vector on one target. `observable`, `error` and `tolerance` are those of the worst element; `ratio` is that
+    error in tolerances."""
+
+    vector: str
+    group: str
+    target: str
+    status: Status
+    observable: str = ""
+    error: float | None = None
+    tolerance: float | None = None
+    reason: str = ""
+    ratio: float = 0.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend as the runner found it: its version, or why it is absent."""
+
+    name: str
+    backend: Backend | None
+    version: str = ""
+    reason: str = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether vectors can run on it."""
+        return self.backend is not None
+
+
+def find(name: str, load: Callable[[str], Backend]) -> Target:
+    """The target of this name; absent with its reason if its framework cannot be imported."""
+    try:
+        backend = load(name)
+        return Target(name, backend, version=backend.version())
+    except BackendUnavailable as error:
+        return Target(name, None, reason=str(error))
+
+
+def run(vectors: Sequence[Vector], target: Target, device: Any = None) -> Iterator[Result]:
+    """Every vector on one target, one result each, in the order given."""
+    assert target.backend is not None
+    for vector in vectors:
+        yield replace(run_vector(vector, target.backend, device), target=target.name)
+
+
+def run_vector(vector: Vector, backend: Backend, device: Any = None) -> Result:
+    """One vector on one backend: build, then step by step, comparing everything after each."""
+    result = Result(vector.id, vector.group, backend.name, "pass")
+    try:
+        if vector.result == "valid":
+            return _verdict(result, _findings(vector, backend, device))
+        return _refused(result, vector, backend, device)
+    except _Unsupported as error:
+        return replace(result, status="unsupported", reason=str(error))
+    except Exception as error:  # whatever a backend does is a finding about it, never the end of the run
+        return replace(result, status="error", reason=f"{type(error).__name__}: {error}")
+
+
+class _Unsupported(Exception):
+    """The backend said by name that it lacks what the vector needs."""
+
+
+def _verdict(result: Result, findings: Iterable[Finding]) -> Result:
+    bad = worst(findings)
+    return replace(
+        result,
+        status="pass" if bad.passed else "fail",
+        observable=bad.observable,
+        error=bad.error,
+        tolerance=bad.tolerance,
+        reason=bad.reason,
+        ratio=bad.ratio,
+    )
+
+
+def _refused(result: Result, vector: Vector, backend: Backend, device: Any) -> Result:
+    """An invalid vector passes by running into the right error at the right place, everything before being right."""
+    assert vector.refusal is not None
+    wanted = getattr(bnlayer.errors, vector.refusal.error)
+    findings: list[Finding] = []
+    progress = _Progress()
+    try:
+        for finding in _findings(vector, backend, device, progress):
+            findings.append(finding)
+    except BatchNormError as error:
+        if isinstance(error, wanted) and progress.at == vector.refusal.at:
+            return _verdict(result, findings)
+        came = f"{type(error).__name__} at {progress.at}: {error}"
+    else:
+        if vector.result == "acceptable":
+            return _verdict(result, findings)
+        came = "nothing"
+    reason = f"{vector.refusal.error} at {vector.refusal.at} was expected, got {came}"
+    return replace(result, status="fail", observable="refusal", reason=reason, ratio=float("inf"))
+
+
+@dataclass
+class _Progress:
+    at: str | int = "spec"
+
+
+def _findings(vector: Vector, backend: Backend, device: Any, progress: _Progress | None = None) -> Iterator[Finding]:
+    progress = progress or _Progress()
+    spec = BatchNormSpec.from_dict(vector.spec)
+    requests = [_request(step) if step.do in CALLS else None for step in vector.steps]
+    for request in requests or [None]:
+        reason = backend.unsupported(spec, request)
+        if reason is not None:
+            raise _Unsupported(reason)
+    progress.at = "state"
+    state = None if vector.state is None else _state(vector.state)
+    layer = backend.build(spec, state, device=device)
+    yield from _held(backend, layer, spec, BatchNormState.initial(spec) if state is None else state)
+    for index, (step, request) in enumerate(zip(vector.steps, requests, strict=True)):
+        progress.at = index
+        if request is not None:
+            layer, outcome = backend.step(layer, request)
+            yield from _located(index, _outcome(step, outcome, spec))
+        elif step.do == "set":
+            _, held = backend.extract(layer)
+            layer = backend.load(layer, held.replace(**step.state))
+        else:  # rebuild: what is extracted must be enough to go on from
+            held_spec, held = backend.extract(layer)
+            layer = backend.build(held_spec, held, device=device)
+
+
+def _outcome(step: Step, outcome: Outcome, spec: BatchNormSpec) -> Iterator[Finding]:
+    if not step.expect:
+        return  # the step that an invalid vector should not have come through
+    if len(outcome.calls) != len(step.calls):
+        yield Finding("calls", float("inf"), reason=f"{len(step.calls)} were expected, got {len(outcome.calls)}")
+        return
+    for call, got in zip(step.calls, outcome.calls, strict=True):
+        yield compare("y", got.y, call.expect["y"])
+        if call.dy is not None:
+            yield compare("dx", got.dx, call.expect["dx"])
+            yield compare("dweights", got.dweights, call.expect.get("dweights"))
+    if any(call.dy is not None for call in step.calls):
+        yield compare("dgamma", outcome.dgamma, step.expect.get("dgamma"))
+        yield compare("dbeta", outcome.dbeta, step.expect.get("dbeta"))
+    for name in array_names(spec):
+        yield compare(name, getattr(outcome.state, name), step.expect[name])
+    yield compare_counter(outcome.state.num_updates, step.num_updates)
+
+
+def _held(
+    backend: Backend, layer: Any, spec: BatchNormSpec, state: BatchNormState[Any]
+) -> Iterator[Finding]:
+    """A layer just built must give back exactly the spec and state that went in."""
+    held_spec, held = backend.extract(layer)
+    if held_spec != spec:
+        differs = [n for n, v in spec.to_dict().items() if held_spec.to_dict()[n] != v]
+        yield Finding("spec", float("inf"), reason=f"the layer's spec differs in {', '.join(differs)} after build")
+    for name, values in state.arrays().items():
+        exact = Expected(
+            values.dtype.name, values.astype(np.float64), np.zeros(values.shape), np.zeros(values.shape, bool)
+        )
+        yield from _located("build", [compare(name, getattr(held, name), exact)])
+    yield from _located("build", [compare_counter(held.num_updates, state.num_updates)])
+
+
+def _located(where: object, findings: Iterable[Finding]) -> Iterator[Finding]:
+    for finding in findings:
+        step = f"step {where}" if isinstance(where, int) else str(where)
+        yield replace(finding, reason=f"{step}, {finding.reason}") if finding.reason else finding
+
+
+def _request(step: Step) -> Request:
+    return Request(
+        tuple(Call(call.x, dy=call.dy, weights=call.weights) for call in step.calls),
+        training=step.do != "eval",
+        update_stats=step.update_stats,
+        frozen_statistics=step.frozen_statistics,
+    )
+
+
+def _state(document: Any) -> BatchNormState[Any]:
+    return BatchNormState(**{name: v if name == "num_updates" else array(v) for name, v in document.items()})
