@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import FileError, StateError
+from .spec import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from .spec import BatchNormSpec
@@ -130,17 +131,24 @@ class BatchNormState(Generic[Array]):
 
         numpy's file format cannot name bfloat16, so such an array is stored as its bits (uint16) and the member
         `dtypes`, a JSON object, says so.
+
+        Raises:
+            StateError: an array is not a vector of a spec's dtype, or the counter is not a count; nothing is written.
+            OSError: the file cannot be written.
         """
         members: dict[str, np.ndarray[Any, Any]] = {}
         dtypes: dict[str, str] = {}
         for name, array in self.arrays().items():
             values = np.asarray(array)
+            if values.ndim != 1 or values.dtype.name not in FLOAT_DTYPES:
+                wanted = f"of shape (num_features,) and one of {', '.join(FLOAT_DTYPES)}"
+                raise StateError(f"{name} must be {wanted}; got {values.dtype.name} {values.shape}.")
             dtypes[name] = values.dtype.name
             members[name] = values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values
         if self.num_updates is not None:
-            members["num_updates"] = np.asarray(self.num_updates, np.int64)
+            members["num_updates"] = np.asarray(_counter(self.num_updates), np.int64)
         members["dtypes"] = np.array(json.dumps(dtypes))
-        # Not numpy.savez: it would pickle what is not an array of numbers, and stamps the time into the file.
+        # numpy.savez has no allow_pickle=False in every numpy that is supported.
         with zipfile.ZipFile(path, "w") as archive:
             for name, values in members.items():
                 with archive.open(f"{name}.npy", "w") as stream:
@@ -214,6 +222,10 @@ def _checked_counter(value: Any, spec: BatchNormSpec) -> int:
         if needs_counter(spec):
             raise StateError("num_updates is unknown, and this spec's averages depend on it; give num_updates.")
         return 0
+    return _counter(value)
+
+
+def _counter(value: Any) -> int:
     array = np.asarray(value)
     if array.shape != () or array.dtype.kind not in "iu" or not 0 <= int(array) <= MAX_COUNTER:
         raise StateError(f"num_updates must be an integer from 0 to {MAX_COUNTER}; got {value!r}.")
@@ -232,9 +244,11 @@ def _read_npz(file: IO[bytes], path: str | Path) -> BatchNormState[np.ndarray[An
                 raise FileError(f"{path}: {info.filename!r} is compressed; a state is stored plain.")
             with archive.open(info) as stream:
                 members[name] = _read_npy(stream, info.file_size, f"{path}: {info.filename}")
-    if "dtypes" not in members or members["dtypes"].dtype.kind != "U":
-        raise FileError(f"{path}: the member 'dtypes' is missing; this is not a file of BatchNormState.to_npz.")
-    dtypes = json.loads(str(members.pop("dtypes")))
+    described = members.pop("dtypes", None)
+    if described is None or described.shape != () or described.dtype.kind != "U":
+        raise FileError(f"{path}: the text 'dtypes' is missing; this is not a file of BatchNormState.to_npz.")
+    # numpy's own way to a str ends in a SystemError where the bytes are no code points.
+    dtypes = json.loads(described.tobytes().decode("utf-32").rstrip("\0"))
     counter = members.pop("num_updates", None)
     if counter is not None and (counter.shape != () or counter.dtype != np.int64):
         raise FileError(f"{path}: num_updates must be one int64; got {counter.dtype} {counter.shape}.")
@@ -259,7 +273,9 @@ def _read_npy(stream: Any, size: int, place: str) -> np.ndarray[Any, Any]:
     declared = dtype.itemsize
     for length in shape:
         declared *= length
-    if dtype.hasobject or len(shape) > 1 or declared != size - header:
+    if dtype.hasobject or len(shape) > 1:
+        raise FileError(f"{place}: expected one number or a vector of them; got {dtype} {shape}.")
+    if declared != size - header:
         raise FileError(f"{place}: {dtype} {shape} needs {declared} bytes; {size - header} are stored.")
     payload = stream.read(declared)
     if len(payload) != declared:
