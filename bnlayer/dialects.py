@@ -383,7 +383,9 @@ DIALECTS: Final[dict[str, Dialect]] = {
                 only("adjustment", None, _CALLED),
                 only("updates_collections", _UPDATE_OPS, "updates run in place (None) or are collected there.",
                      _UPDATE_OPS, None),
-                neutral(is_training=True, trainable=True, reuse=None, scope=None, variables_collections=None,
+                only("trainable", True, "whether its statistics then stop depends on the rank and on other arguments."
+                     " Leave it out, and to stop them call the layer with update_stats=False."),
+                neutral(is_training=True, reuse=None, scope=None, variables_collections=None,
                         outputs_collections=None),
                 fused_kernel(_contrib_fuses, insists=False),
             ),
