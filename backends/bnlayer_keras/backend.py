@@ -1,0 +1,122 @@
+"""The `keras` backend: the contract of `bnlayer.contract.Backend` over this package's layer."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnlayer.contract import NDArray, Outcome, Request
+from bnlayer.errors import StateError
+from bnlayer.spec import BatchNormSpec
+from bnlayer.state import BatchNormState, array_dtype, array_names
+
+from . import runtime
+from .support import MISSING
+
+if TYPE_CHECKING:
+    from .layer import BatchNormalization
+
+
+class KerasBackend:
+    """bnlayer's batch norm in Keras 3, on whatever Keras runs on."""
+
+    name = "keras"
+
+    def version(self) -> str:
+        return f"{runtime.load_keras().__version__} ({runtime.name()})"
+
+    def owns(self, layer: Any) -> bool:
+        # Who has a layer has imported its module; nobody else needs to.
+        module = sys.modules.get(f"{__package__}.layer")
+        return module is not None and isinstance(layer, module.BatchNormalization)
+
+    def unsupported(self, spec: BatchNormSpec, request: Request | None = None) -> str | None:
+        return MISSING.reason(spec, request)
+
+    def build(
+        self, spec: BatchNormSpec, state: BatchNormState[NDArray] | None = None, *, device: Any = None
+    ) -> BatchNormalization:
+        MISSING.refuse(self.name, spec)
+        runtime.load_keras()
+        from .layer import BatchNormalization
+
+        start = BatchNormState.initial(spec) if state is None else state.checked(spec)
+        layer = BatchNormalization(
+            axis=spec.axis,
+            **({"cumulative": True} if spec.decay == "cumulative" else {"momentum": spec.decay}),
+            epsilon=spec.epsilon,
+            center=spec.center,
+            scale=spec.scale,
+            moving_variance_estimator=spec.moving_variance_estimator,
+            single_value=spec.single_value,
+            nonfinite=spec.nonfinite,
+            track_moving_stats=spec.track_moving_stats,
+            param_dtype=spec.param_dtype,
+            stats_dtype=spec.stats_dtype,
+            dtype=spec.param_dtype,
+            autocast=False,
+        )
+        with runtime.current().precision(_dtypes(spec)), _on(device):
+            layer.build(_a_shape(spec))
+            _assign(layer, spec, start)
+        return layer
+
+    def extract(self, layer: BatchNormalization) -> tuple[BatchNormSpec, BatchNormState[NDArray]]:
+        spec = layer.spec
+        arrays = {name: _numpy(getattr(layer, name)).astype(array_dtype(spec, name)) for name in array_names(spec)}
+        return spec, BatchNormState(**arrays, num_updates=int(_numpy(layer.num_updates)))
+
+    def load(self, layer: BatchNormalization, state: BatchNormState[NDArray]) -> BatchNormalization:
+        spec = layer.spec
+        with runtime.current().precision(_dtypes(spec)):
+            _assign(layer, spec, state.checked(spec))
+        return layer
+
+    def step(self, layer: BatchNormalization, request: Request) -> tuple[BatchNormalization, Outcome]:
+        spec = layer.spec
+        MISSING.refuse(self.name, spec, request)
+        layer.frozen_statistics = request.frozen_statistics
+        given = {a.dtype.name for c in request.calls for a in (c.x, c.dy, c.weights) if a is not None}
+        with runtime.current().precision(given | _dtypes(spec)):
+            calls, dgamma, dbeta = runtime.current().step(layer, request)
+            _, state = self.extract(layer)
+        return layer, Outcome(calls, state=state, dgamma=dgamma, dbeta=dbeta)
+
+
+def _on(device: Any) -> AbstractContextManager[Any]:
+    scope: AbstractContextManager[Any] = nullcontext()
+    if device is not None:
+        scope = runtime.load_keras().device(runtime.current().device(str(device)))
+    return scope
+
+
+def _a_shape(spec: BatchNormSpec) -> tuple[int | None, ...]:
+    """The shape of least rank that has the channel axis and a batch axis."""
+    shape: list[int | None] = [None] * (spec.axis + 1 if spec.axis > 0 else 1 - spec.axis)
+    shape[spec.axis] = spec.num_features
+    return tuple(shape)
+
+
+def _dtypes(spec: BatchNormSpec) -> set[str]:
+    return {spec.param_dtype, spec.stats_dtype}
+
+
+def _assign(layer: BatchNormalization, spec: BatchNormSpec, state: BatchNormState[NDArray]) -> None:
+    largest = np.iinfo(layer.num_updates.dtype).max
+    if state.num_updates > largest:
+        raise StateError(
+            f"num_updates must be at most {largest} here, where JAX runs without x64; got {state.num_updates}."
+        )
+    for name in array_names(spec):
+        getattr(layer, name).assign(getattr(state, name))
+    layer.num_updates.assign(state.num_updates)
+
+
+def _numpy(variable: Any) -> NDArray:
+    return np.asarray(runtime.load_keras().ops.convert_to_numpy(variable))
+
+
+BACKEND = KerasBackend()

@@ -1,0 +1,77 @@
+"""Keras on PyTorch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from bnlayer.contract import CallOutcome, NDArray, Request
+from bnlayer.errors import UnsupportedError
+from bnlayer.state import numpy_dtype
+from bnlayer_torch import batch_norm
+
+__all__ = ["batch_norm", "counter_dtype", "device", "precision", "step"]
+
+
+def counter_dtype() -> str:
+    """See `runtime.Runtime`."""
+    return "int64"
+
+
+def precision(dtypes: set[str]) -> AbstractContextManager[Any]:
+    """See `runtime.Runtime`."""
+    return nullcontext()
+
+
+def device(name: str) -> str:
+    """See `runtime.Runtime`."""
+    wanted = name.lower().replace("gpu", "cuda")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise UnsupportedError(f"Keras on PyTorch has no device {name!r} ({error}).") from error
+    return wanted
+
+
+def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
+    """See `runtime.Runtime`."""
+    home = layer.num_updates.value.device
+
+    def tensor(array: NDArray) -> torch.Tensor:
+        placed: torch.Tensor = keras.ops.convert_to_tensor(array).to(home)
+        return placed
+
+    xs = [tensor(call.x).requires_grad_() for call in request.calls]
+    ws = [None if call.weights is None else tensor(call.weights) for call in request.calls]
+    real = {i: w.requires_grad_() for i, w in enumerate(ws) if w is not None and w.is_floating_point()}
+    parameters = {n: getattr(layer, n).value for n in ("gamma", "beta") if getattr(layer, n) is not None}
+    ys = [
+        layer(x, training=request.training, weights=w, update_stats=request.update_stats)
+        for x, w in zip(xs, ws, strict=True)
+    ]
+    asked = [i for i, call in enumerate(request.calls) if call.dy is not None]
+    sources = {("x", i): xs[i] for i in asked}
+    sources |= {("w", i): w for i, w in real.items() if i in asked}
+    sources |= {("p", n): p for n, p in parameters.items() if p.requires_grad}
+    got: dict[tuple[str, Any], NDArray] = {}
+    if asked:
+        gradients = torch.autograd.grad(
+            [ys[i] for i in asked],
+            list(sources.values()),
+            [tensor(request.calls[i].dy).to(ys[i].dtype) for i in asked],  # type: ignore[arg-type]
+            materialize_grads=True,
+        )
+        got = {key: _numpy(gradient) for key, gradient in zip(sources, gradients, strict=True)}
+    calls = [
+        CallOutcome(_numpy(y), dx=got.get(("x", i)), dweights=got.get(("w", i))) for i, y in enumerate(ys)
+    ]  # fmt: skip
+    return tuple(calls), got.get(("p", "gamma")), got.get(("p", "beta"))
+
+
+def _numpy(tensor: torch.Tensor) -> NDArray:
+    values: NDArray = np.asarray(keras.ops.convert_to_numpy(tensor))
+    return values.astype(numpy_dtype(keras.backend.standardize_dtype(tensor.dtype)))  # it gives bfloat16 as float32
