@@ -12,7 +12,8 @@ section 4.2), A = sqrt(m^2+v) the root mean square of x, sd = sqrt(v+eps), kappa
   (Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983). E[x^2]-E[x]^2 would lose K u A^2.
 * 1/sd, relative: rho = K u + (K u kappa)^2/2, from the variance's.
 * xhat: K u (kappa + |xhat|).
-* y: K u |gamma| (kappa + |xhat|) + u_out |y|.
+* y: K u |gamma| (kappa + |xhat|) + u |beta| + u_out |y|. The term in beta is the rounding of beta - m gamma/sd, where
+  an implementation folds the layer into one scale and one shift.
 * dbeta: K u sum|dy|; dgamma: K u sum|dy|(kappa + 2|xhat|), since both dy xhat and its sum are rounded.
 * dx = gamma/sd (dy - p (S1 + xhat S2)): each term's own error, and rho |dx|.
 * dweights: the same, term by term.
@@ -106,10 +107,11 @@ def average_error(
     )
 
 
-def output_error(errors: Errors, rounding: Rounding, gamma: Number, xhat: Number, y: Number) -> float:
-    """Of y."""
+def output_error(errors: Errors, rounding: Rounding, gamma: Number, beta: Number, xhat: Number, y: Number) -> float:
+    """Of y = gamma xhat + beta."""
     return (
         abs(_f(gamma)) * (errors.xhat_shift + errors.xhat_slope * abs(_f(xhat)))
+        + rounding.u * abs(_f(beta))
         + rounding.out * abs(_f(y))
         + rounding.out_floor
     )

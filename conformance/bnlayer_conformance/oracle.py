@@ -187,7 +187,10 @@ def _moved(
 
 def _output(ch: Channel, rounding: bounds.Rounding) -> Bounded:
     y = [ch.gamma * h + ch.beta for h in ch.xhat]
-    return Bounded(y, [bounds.output_error(ch.errors, rounding, ch.gamma, h, yi) for h, yi in zip(ch.xhat, y, strict=True)])
+    errors = [
+        bounds.output_error(ch.errors, rounding, ch.gamma, ch.beta, h, yi) for h, yi in zip(ch.xhat, y, strict=True)
+    ]
+    return Bounded(y, errors)
 
 
 def _gradients(

@@ -1,0 +1,110 @@
+"""`bnlayer conform`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bnlayer.errors import UnknownBackend
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .runner import Result, Target
+    from .vector import Vector
+
+
+@click.command("conform")
+@click.option("--backend", "names", multiple=True, metavar="NAME",
+              help="A target: a registered name, or package.module:ATTRIBUTE. May be repeated.")  # fmt: skip
+@click.option("--native", is_flag=True, help="Add the frameworks' own layers.")
+@click.option("--device", default=None, help="Where to build the layers, in the framework's words: cpu, cuda, ...")
+@click.option("--vectors", "pattern", default="*", metavar="GLOB",
+              help='Only vectors (and checks) whose id matches, such as "weights/*".')  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Write every result to a file.")  # fmt: skip
+def command(names: tuple[str, ...], native: bool, device: str | None, pattern: str, json_file: Path | None) -> None:
+    """Run one set of vectors against batch norms in any framework.
+
+    Without --backend: every backend of bnlayer whose framework is installed; the others are listed with their install
+    command. Each vector compares y, dx, dgamma, dbeta, dweights, moving statistics and the counter with exact numbers,
+    within a forward error bound.
+
+    \b
+      bnlayer conform                                  # all of ours
+      bnlayer conform --backend torch --backend jax    # these two
+      bnlayer conform --native                         # and the frameworks' own layers
+      bnlayer conform --backend my_package.bn:BACKEND  # yours, registered or not
+      bnlayer conform --vectors "weights/*" --json out.json
+
+    \b
+    Exit codes: 0 all passed (deviations that are listed, and what a backend says it lacks, included);
+    1 a failure, an error, or a target asked for by name that is absent; 2 usage.
+    """  # noqa: D301
+    from rich.console import Console
+
+    from . import report
+
+    console = Console(stderr=False)
+    targets = _targets(names, native)
+    vectors, checks = _chosen(pattern)
+    results: list[Result] = []
+    for target in targets:
+        if target.ready:
+            results += _run(console, target, vectors, checks, device)
+    report.show(console, targets, results)
+    if json_file is not None:
+        report.write_json(json_file, targets, results)
+    failed = any(r.status in ("fail", "error") for r in results)
+    asked_but_absent = bool(names) and any(not t.ready for t in targets if t.name in names)
+    sys.exit(1 if failed or asked_but_absent or not any(t.ready for t in targets) else 0)
+
+
+def _targets(names: tuple[str, ...], native: bool) -> list[Target]:
+    from bnlayer import registry
+
+    from .runner import find
+
+    chosen = list(names) or [name for name, entry in registry.known().items() if registry.is_ours(entry)]
+    if native:
+        chosen += registry.known(registry.NATIVE)
+    try:
+        return [find(name, registry.backend) for name in dict.fromkeys(chosen)]
+    except UnknownBackend as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _chosen(pattern: str) -> tuple[list[Vector], list[str]]:
+    from . import metamorphic, vector
+
+    vectors, checks = vector.load(pattern), metamorphic.names(pattern)
+    if not vectors and not checks:
+        groups = ", ".join([*vector.groups(), metamorphic.GROUP])
+        raise click.UsageError(f"no vector matches {pattern!r}; ids are GROUP/NAME, and the groups are {groups}.")
+    return vectors, checks
+
+
+def _run(console: Console, target: Target, vectors: list[Vector], checks: list[str], device: Any) -> list[Result]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from bnlayer.contract import NativeBackend
+
+    from . import deviations, metamorphic, runner
+
+    results: list[Result] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(target.name, total=len(vectors) + len(checks))
+        for result in runner.run(vectors, target, device):
+            results.append(result)
+            progress.advance(task)
+        for result in metamorphic.run(checks, target, device):
+            results.append(result)
+            progress.advance(task)
+    if isinstance(target.backend, NativeBackend):
+        ran = [v.id for v in vectors] + checks
+        results = deviations.apply(results, deviations.read(target.backend.deviations), ran)
+    return results
