@@ -15,7 +15,7 @@ from bnlayer.state import BatchNormState
 
 from .function import batch_norm
 from .precision import refuse_missing_float64
-from .state import from_numpy
+from .state import owned
 from .support import MISSING
 
 
@@ -53,8 +53,7 @@ class BatchNorm:
 
         Args:
             spec: what the layer is.
-            state: numpy or concrete JAX arrays, copied and checked; None: the initial ones. For traced arrays use
-                `replace`.
+            state: numpy or JAX arrays, copied and checked (traced ones but for their values); None: the initial ones.
             frozen_statistics: see the attribute.
 
         Raises:
@@ -63,7 +62,7 @@ class BatchNorm:
         """
         MISSING.refuse("jax", spec)
         refuse_missing_float64(spec, "")
-        state = from_numpy(BatchNormState.initial(spec) if state is None else state, spec)
+        state = owned(BatchNormState.initial(spec) if state is None else state, spec)
         _fill(self, spec, state, frozen_statistics)
 
     def __call__(

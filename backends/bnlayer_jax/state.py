@@ -12,24 +12,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bnlayer.contract import NDArray
 from bnlayer.errors import StateError, UnsupportedError
 from bnlayer.spec import BatchNormSpec
-from bnlayer.state import BatchNormState, array_names
+from bnlayer.state import BatchNormState, array_dtype, array_names
 
 jax.tree_util.register_dataclass(
     BatchNormState, data_fields=[f.name for f in dataclasses.fields(BatchNormState)], meta_fields=[]
 )
 
 
-def from_numpy(state: BatchNormState[Any], spec: BatchNormSpec) -> BatchNormState[jax.Array]:
-    """A state of JAX arrays that shares no memory with `state`, whose arrays are numpy's or concrete JAX arrays.
+def owned(state: BatchNormState[Any], spec: BatchNormSpec) -> BatchNormState[jax.Array]:
+    """A state of JAX arrays that shares no memory with `state`, whose arrays are numpy's or JAX's.
 
     Raises:
-        StateError: the state does not fit the spec (see `BatchNormState.checked`).
+        StateError: the state does not fit the spec (see `BatchNormState.checked`); of traced arrays the values are
+            not looked at.
         UnsupportedError: the counter does not fit the integers that JAX has without x64.
     """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
+        check_names_and_shapes(state, spec)
+        return BatchNormState(
+            **{name: jnp.asarray(array, array_dtype(spec, name)) for name, array in state.arrays().items()},
+            num_updates=counter_of(state),
+        )
     own = state.checked(spec)
     dtype = counter_dtype()
     if int(own.num_updates) > np.iinfo(dtype).max:
