@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -320,7 +321,5 @@ def test_hostile_json_gives_a_spec_or_a_spec_error(document: dict[str, Any]) -> 
 
 @given(json_values)
 def test_any_json_value_gives_a_spec_or_a_spec_error(document: Any) -> None:
-    try:
+    with contextlib.suppress(SpecError):
         BatchNormSpec.from_json(json.dumps(document))
-    except SpecError as refusal:
-        assert str(refusal)

@@ -302,11 +302,11 @@ def test_a_damaged_byte_is_refused_or_does_not_matter(flip: int, tmp_path: Path)
         damaged = bytearray(content)
         damaged[position] ^= flip
         try:
-            harmless += same(read(bytes(damaged), tmp_path), SAMPLE)
-        except FileError as refusal:
-            assert "given.npz" in str(refusal)
+            state = read(bytes(damaged), tmp_path)
+        except FileError:
             continue
-        assert same(read(bytes(damaged), tmp_path), SAMPLE), f"byte {position} changed the state silently"
+        assert same(state, SAMPLE), f"byte {position} changed the state silently"
+        harmless += 1
     assert harmless < len(content) // 4
 
 
@@ -393,7 +393,10 @@ HOSTILE = {
     "code as header": ({**GOOD, "gamma.npy": header("__import__('os').abort()")}, "damaged"),
     "an open bracket as header": ({**GOOD, "gamma.npy": header("(((((")}, "damaged"),
     "an endless header": ({**GOOD, "gamma.npy": header("{" * 60_000)}, "damaged"),
-    "an unknown descr": ({**GOOD, "gamma.npy": header("{'descr': '<q9', 'fortran_order': False, 'shape': (), }")}, "damaged"),
+    "an unknown descr": (
+        {**GOOD, "gamma.npy": header("{'descr': '<q9', 'fortran_order': False, 'shape': (), }")},
+        "damaged",
+    ),
     "a counter of another dtype": ({**GOOD, "num_updates.npy": npy(np.float64(3))}, "num_updates must be one int64"),
     "several counters": ({**GOOD, "num_updates.npy": npy(np.array([1, 2]))}, "num_updates must be one int64"),
 }  # fmt: skip

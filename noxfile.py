@@ -1,0 +1,124 @@
+# /// script
+# dependencies = ["nox>=2025.2.9"]
+# ///
+"""How this project is tested: `nox -s tests` is all of it, the rest are parts and extras. `nox -l` lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"  # with pip, which knows where a machine's CPU wheels are
+nox.options.sessions = ["tests"]
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+
+# Frameworks that want a process of their own: they fight over threads, memory and what they patch.
+ALONE = ("torch", "tensorflow", "jax")
+KERAS_RUNS_ON = ("tensorflow", "jax", "torch")
+# What each backend is tested with in an environment that has nothing else; Keras on the smallest of its frameworks.
+NEEDS = {
+    "numpy": (),
+    "torch": ("torch",),
+    "tensorflow": ("tensorflow-cpu",),
+    "jax": ("jax",),
+    "keras": ("keras", "jax"),
+}
+ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONHASHSEED": "0"}
+
+
+@nox.session(venv_location=".nox/everything")
+def tests(session: nox.Session) -> None:
+    """Everything: all tests and `bnlayer conform` with all frameworks in one environment, then `base` and `lint`."""
+    session.notify("base")
+    session.notify("lint")
+    install_everything(session)
+    shared = [folder for folder in test_folders() if folder.name not in (*ALONE, "keras")]
+    commands = [(ENVIRONMENT, ["pytest", *map(str, shared)])]
+    commands += [(ENVIRONMENT, ["pytest", str(folder)]) for folder in test_folders() if folder.name in ALONE]
+    for framework in KERAS_RUNS_ON:
+        on = {**ENVIRONMENT, "KERAS_BACKEND": framework}
+        commands += [(on, ["pytest", str(folder)]) for folder in test_folders() if folder.name == "keras"]
+    commands.append((ENVIRONMENT, ["bnlayer", "conform"]))
+    for framework in KERAS_RUNS_ON[1:]:  # the first one ran just above
+        commands.append(({**ENVIRONMENT, "KERAS_BACKEND": framework}, ["bnlayer", "conform", "--backend", "keras"]))
+    run_all(session, commands)
+
+
+@nox.session(venv_location=".nox/everything", reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Style and types: ruff, mypy, pyright."""
+    install_everything(session)
+    run_all(
+        session,
+        [
+            ({}, ["ruff", "check"]),
+            ({}, ["ruff", "format", "--check"]),
+            ({}, ["mypy"]),
+            ({}, ["pyright"]),
+        ],
+    )
+
+
+@nox.session
+def base(session: nox.Session) -> None:
+    """A fresh machine: the base install alone, away from the checkout, runs its main job on NumPy."""
+    install(session, ".")
+    session.chdir(session.create_tmp())  # what is imported is the wheel, never the checkout
+    session.run("bnlayer", "conform")
+    session.run("bnlayer", "backends")
+    session.run("bnlayer", "explain", "torch", "keras")
+
+
+@nox.session
+@nox.parametrize("backend", list(NEEDS), ids=list(NEEDS))
+def conformance(session: nox.Session, backend: str) -> None:
+    """One backend's wheel in an environment of its own, judged as a stranger would judge it."""
+    install(session, ".[conformance]", *requirements("frameworks", NEEDS[backend]))
+    session.chdir(session.create_tmp())
+    suite = ("-p", "bnlayer_conformance.plugin", "--pyargs", "bnlayer_conformance")
+    session.run(
+        "pytest", *suite, f"--backend={backend}", "--strict-backends", *session.posargs,
+        env={**ENVIRONMENT, "KERAS_BACKEND": "jax"},
+    )  # fmt: skip
+
+
+def install_everything(session: nox.Session) -> None:
+    """The project as it lies here, every framework, and every tool."""
+    install(session, "-e", ".", *nox.project.dependency_groups(PYPROJECT, "frameworks", "test", "lint"))
+
+
+def install(session: nox.Session, *arguments: str) -> None:
+    """Install under the constraints that keep torch small."""
+    session.install("-c", str(ROOT / "constraints.txt"), *arguments)
+
+
+def requirements(group: str, names: tuple[str, ...]) -> list[str]:
+    """The requirements of a dependency group for these distributions."""
+    listed = nox.project.dependency_groups(PYPROJECT, group)
+    return [line for line in listed if line.split(">=")[0] in names]
+
+
+def test_folders() -> list[Path]:
+    """The folders of tests/ that hold tests."""
+    folders = (path for path in sorted((ROOT / "tests").iterdir()) if path.is_dir())
+    return [folder for folder in folders if any(folder.rglob("test_*.py"))]
+
+
+def run_all(session: nox.Session, commands: list[tuple[dict[str, str], list[str]]]) -> None:
+    """Run every command, whatever the ones before it said; fail at the end with the list of those that failed."""
+    failed = []
+    for environment, command in commands:
+        try:
+            session.run(*command, env=environment)
+        except nox.command.CommandFailed:
+            failed.append(" ".join(command))
+    if failed:
+        session.error("failed: " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    nox.main()
