@@ -27,14 +27,16 @@ NEEDS = {
     "jax": ("jax",),
     "keras": ("keras", "jax"),
 }
-ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONHASHSEED": "0"}
+ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+CHECKS: list[tuple[dict[str, str], list[str]]] = [
+    ({}, command.split()) for command in ("ruff check", "ruff format --check", "mypy", "pyright")
+]
 
 
-@nox.session(venv_location=".nox/everything")
+@nox.session
 def tests(session: nox.Session) -> None:
-    """Everything: all tests and `bnlayer conform` with all frameworks in one environment, then `base` and `lint`."""
+    """Everything: checks, tests and conformance with all frameworks in one environment, then the session `base`."""
     session.notify("base")
-    session.notify("lint")
     install_everything(session)
     shared = [folder for folder in test_folders() if folder.name not in (*ALONE, "keras")]
     commands = [(ENVIRONMENT, ["pytest", *map(str, shared)])]
@@ -45,22 +47,14 @@ def tests(session: nox.Session) -> None:
     commands.append((ENVIRONMENT, ["bnlayer", "conform"]))
     for framework in KERAS_RUNS_ON[1:]:  # the first one ran just above
         commands.append(({**ENVIRONMENT, "KERAS_BACKEND": framework}, ["bnlayer", "conform", "--backend", "keras"]))
-    run_all(session, commands)
+    run_all(session, CHECKS + commands)
 
 
-@nox.session(venv_location=".nox/everything", reuse_venv=True)
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style and types: ruff, mypy, pyright."""
     install_everything(session)
-    run_all(
-        session,
-        [
-            ({}, ["ruff", "check"]),
-            ({}, ["ruff", "format", "--check"]),
-            ({}, ["mypy"]),
-            ({}, ["pyright"]),
-        ],
-    )
+    run_all(session, CHECKS)
 
 
 @nox.session
