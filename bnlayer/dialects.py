@@ -295,7 +295,7 @@ DIALECTS: Final[dict[str, Dialect]] = {
     for each in (
         Dialect(
             "torch",
-            "torch.nn.BatchNorm1d/2d/3d",
+            "torch.nn.BatchNorm1d, 2d, 3d",
             features="num_features",
             words=(
                 number("eps", 1e-5, "epsilon"),
@@ -312,7 +312,7 @@ DIALECTS: Final[dict[str, Dialect]] = {
             hints={
                 "axis": "for input of rank 2, axis -1 is axis 1",
                 "scale": "beta without gamma needs a gamma that stays 1",
-                "synchronized": "torch says it by the class SyncBatchNorm",
+                "synchronized": "torch has the class SyncBatchNorm for it",
             },
         ),
         Dialect(
@@ -441,7 +441,7 @@ DIALECTS: Final[dict[str, Dialect]] = {
         ),
         Dialect(
             "equinox",
-            "equinox.nn.BatchNorm(mode='batch')",
+            "equinox.nn.BatchNorm, mode='batch'",
             features="input_size",
             words=(
                 example_axis("axis_name"),
@@ -455,7 +455,10 @@ DIALECTS: Final[dict[str, Dialect]] = {
             ),
             # Its examples have no batch axis: their channel axis 0 is axis 1 of the batch.
             fixed=_fixed("synchronized", "param_dtype", "stats_dtype", axis=1, zero_debias="all"),
-            hints={"axis": "an example's axis 0 is the batch's axis 1"},
+            hints={
+                "axis": "an example's axis 0 is the batch's axis 1",
+                "synchronized": "axis_name, required: the batch's axis, and beside it the replicas'",
+            },
             # Debiased as if it started at 0, which is what Equinox does.
             initial={"hidden_variance": 1.0},
         ),

@@ -134,7 +134,7 @@ def registered() -> dict[str, str]:
 
 @click.command(
     short_help="Which backends are there, and what each does not support.",
-    epilog="bnlayer backends",
+    epilog="\b\nExample:\n  bnlayer backends",
 )
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with a reason for all that is missing.")

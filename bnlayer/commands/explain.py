@@ -54,6 +54,8 @@ def description(dialect: Dialect) -> dict[str, str]:
             rows[row] = dialect.title
         elif row in facts:
             rows[row] = facts[row]
+        elif row == "synchronized" and row in dialect.hints:  # said by a class, or within an argument
+            rows[row] = dialect.hints[row]
         else:
             rows[row] = _said(dialect, _FIELDS.get(row, row))
     return rows
@@ -83,7 +85,7 @@ def differing(described: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 @click.command(
     short_help="How frameworks name, default and mean things differently.",
-    epilog="bnlayer explain torch keras",
+    epilog="\b\nExample:\n  bnlayer explain torch keras",
 )
 @click.argument("dialects", nargs=-1, type=click.Choice(list(DIALECTS)), metavar="[DIALECT]...")
 @click.option("--all", "every", is_flag=True, help="Show also the rows on which they agree.")
