@@ -25,7 +25,7 @@ CASES = [
     _case("rank-4-axis-minus-2", (2, 3, 3, 3), -2),
     _case("rank-4-axis-minus-3", (2, 3, 2, 3), -3),
     _case("rank-5-axis-1", (2, 3, 2, 3, 2), 1),
-    _case("rank-5-axis-last", (2, 3, 2, 2, 3), -1),
+    _case("rank-5-axis-last", (2, 3, 2, 3, 3), -1),
     _case("rank-5-axis-4", (2, 2, 3, 2, 3), 4),
     _case("rank-5-axis-3", (2, 2, 3, 3, 3), 3),
     _case("batch-equals-channels", (3, 3), -1, "As many rows as channels: reducing over the wrong one still fits."),

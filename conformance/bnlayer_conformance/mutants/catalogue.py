@@ -1,0 +1,227 @@
+"""The mutants. Each is one line away from `base`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .build import Mutant
+
+_MOVE_MEAN: Final = "new_mean = d * old_mean + (1 - d) * mean.reshape(-1)"
+_MOVE_VARIANCE: Final = "new_variance = d * old_variance + (1 - d) * entering.reshape(-1)"
+_ENTERING: Final = 'entering = unbiased if spec.moving_variance_estimator == "unbiased" else variance'
+_DECAY: Final = 'd = 1 - 1 / t if spec.decay == "cumulative" else float(spec.decay)'
+_VARIANCE: Final = "variance = total(p * np.square(seen - mean))"
+_MEAN: Final = "mean = total(p * seen)"
+_UNBIASED: Final = "unbiased = variance * 0 if single else variance / (1 - one_over_n)"
+_SD: Final = "sd = np.sqrt(variance + arithmetic(spec.epsilon))"
+_XHAT: Final = "xhat = (x - mean) / sd"
+_GAMMA: Final = "y = y * per_channel(state.gamma)"
+_BETA: Final = "y = y + per_channel(state.beta)"
+_AXES: Final = "axes = tuple(i for i in range(x.ndim) if i != axis)"
+_AXIS: Final = "axis = spec.axis % x.ndim"
+_BATCH: Final = "batch = training or not spec.track_moving_stats"
+_WEIGHTED: Final = "batch = batch and bool(W > 0)"
+_SEEN: Final = "seen = np.where(w > 0, x, 0)"
+_P: Final = "p = (w / W).astype(arithmetic)"
+_X: Final = "x = call.x.astype(arithmetic)"
+_ARITHMETIC: Final = "arithmetic = np.float64 if call.x.dtype == np.float64 else np.float32"
+_MOVES: Final = "moves = training and request.update_stats and spec.track_moving_stats and batch and count > 0"
+_TRAINING: Final = "training = trains(spec, request.training, request.frozen_statistics)"
+_STATE: Final = "layer.state = state.replace(moving_mean=new_mean, moving_variance=new_variance, num_updates=t)"
+_INNER: Final = "inner = dy - p * (s1 + xhat * s2)"
+_DX: Final = "dx = gamma / sd * inner"
+_MASKED_XHAT: Final = "xhat = np.where((tape.w > 0) | np.isfinite(tape.xhat), tape.xhat, 0)"
+_EACH: Final = "each = xhat * s1 + 0.5 * (np.square(xhat) - ratio) * s2"
+
+MUTANTS: Final = (
+    # The moving average.
+    Mutant("decay weighs the new", _MOVE_MEAN, "new_mean = (1 - d) * old_mean + d * mean.reshape(-1)",
+           "huggingface/transformers#19454 and ten more"),
+    Mutant("decay weighs the new variance", _MOVE_VARIANCE, "new_variance = (1 - d) * old_variance + d * entering.reshape(-1)"),
+    Mutant("mean never moves", _MOVE_MEAN, "new_mean = old_mean", "tensorflow/tensorflow#11965: update ops not run"),
+    Mutant("variance never moves", _MOVE_VARIANCE, "new_variance = old_variance", "keras-team/keras-core#338"),
+    Mutant("variance averages deviations", _MOVE_VARIANCE,
+           "new_variance = np.square(d * np.sqrt(old_variance) + (1 - d) * np.sqrt(entering.reshape(-1)))"),
+    Mutant("moving variance is inverse deviation", _MOVE_VARIANCE,
+           "new_variance = d * old_variance + (1 - d) / np.sqrt(entering.reshape(-1) + spec.epsilon)", "microsoft/onnxruntime#7218"),
+    Mutant("moving variance includes epsilon", _MOVE_VARIANCE,
+           "new_variance = d * old_variance + (1 - d) * (entering.reshape(-1) + spec.epsilon)"),
+    Mutant("average as a difference", _MOVE_MEAN,
+           "new_mean = (old_mean.astype(np.float32) + np.float32(1 - d) * (mean.reshape(-1) - old_mean.astype(np.float32)))"),
+    Mutant("average as a difference, variance", _MOVE_VARIANCE,
+           "new_variance = (old_variance + np.float32(1 - d) * (entering.reshape(-1) - old_variance.astype(np.float32)))"),
+    Mutant("weight of the new rounded first", _DECAY,
+           'd = 1 - 1 / t if spec.decay == "cumulative" else 1 - float(np.float16(1 - spec.decay))'),
+    Mutant("first batch replaces", _DECAY, 'd = 1 - 1 / t if spec.decay == "cumulative" or t == 1 else float(spec.decay)',
+           "equinox mode='ema'"),
+    Mutant("zero-debiased unasked", _MOVE_MEAN,
+           "new_mean = (d * old_mean * (1 - d ** (t - 1)) + (1 - d) * mean.reshape(-1)) / max(1 - d ** t, 1e-9)", "haiku"),
+    Mutant("cumulative never updates", _DECAY, 'd = 1.0 if spec.decay == "cumulative" else float(spec.decay)',
+           "pytorch/pytorch#18764"),
+    Mutant("cumulative counts from 2", _DECAY, 'd = 1 - 1 / (t + 1) if spec.decay == "cumulative" else float(spec.decay)'),
+    Mutant("cumulative forgets after 8", _DECAY, 'd = 1 - 1 / min(t, 8) if spec.decay == "cumulative" else float(spec.decay)'),
+    Mutant("cumulative forgets the counter", _DECAY, 'd = 0.0 if spec.decay == "cumulative" else float(spec.decay)',
+           "pytorch/pytorch#110850"),
+    Mutant("counter stands still", _STATE,
+           "layer.state = state.replace(moving_mean=new_mean, moving_variance=new_variance)"),
+    Mutant("counter counts twice", _STATE,
+           "layer.state = state.replace(moving_mean=new_mean, moving_variance=new_variance, num_updates=t + 1)",
+           "pytorch/pytorch#96136: recomputed forward"),
+    Mutant("mean and variance swapped", _STATE,
+           "layer.state = state.replace(moving_mean=new_variance, moving_variance=new_mean, num_updates=t)", "keras-team/keras#3248"),
+    Mutant("second call overwrites the first", "spec, state = layer.spec, layer.state",
+           "spec, state = layer.spec, layer.__dict__.setdefault('first', layer.state)", "keras-team/keras#8794"),
+    # Which variance.
+    Mutant("always biased", _ENTERING, "entering = variance", "keras-team/keras#9028"),
+    Mutant("always unbiased", _ENTERING, "entering = unbiased", "tensorflow/tensorflow#55545: the fused kernel"),
+    Mutant("unbiased by rank", _ENTERING, "entering = unbiased if x.ndim == 4 else variance", "tensorflow/tensorflow#15250"),
+    Mutant("unbiased where asked, but at rank 2", _ENTERING,
+           'entering = unbiased if spec.moving_variance_estimator == "unbiased" and x.ndim > 2 else variance'),
+    Mutant("Bessel counts the batch axis", _UNBIASED,
+           "unbiased = variance * 0 if single or x.shape[0] == 1 else variance * x.shape[0] / (x.shape[0] - 1)", "NervanaSystems/ngraph-tf#357"),
+    Mutant("Bessel at rank 5 counts three axes", _UNBIASED,
+           "unbiased = variance * 0 if single else variance / (1 - one_over_n * (x.shape[-1] if x.ndim == 5 else 1))"),
+    Mutant("Bessel counts masked rows", _UNBIASED, "unbiased = variance * 0 if single else variance * count / (count - 1)"),
+    Mutant("Bessel by the total weight", _UNBIASED, "unbiased = variance * 0 if single else variance * W / (W - 1)"),
+    Mutant("Bessel of one value", _UNBIASED, "unbiased = variance / (1 - one_over_n)", "pytorch/pytorch#4534"),
+    Mutant("Bessel counts in float32", "one_over_n = np.sum(np.square(w / W))",
+           "one_over_n = np.sum(np.square(w.astype(np.float32))) / np.square(np.float32(W))"),
+    Mutant("normalizes unbiased", _SD, "sd = np.sqrt((unbiased if batch else variance) + arithmetic(spec.epsilon))",
+           "proposed in pytorch/pytorch#3122"),
+    # Epsilon.
+    Mutant("epsilon outside the root", _SD, "sd = np.sqrt(variance) + arithmetic(spec.epsilon)", "chainer/chainer#2214"),
+    Mutant("no epsilon", _SD, "sd = np.sqrt(np.maximum(variance, 1e-30))", "pytorch/vision#2169"),
+    Mutant("epsilon floored at 1e-5", _SD, "sd = np.sqrt(variance + arithmetic(max(spec.epsilon, 1e-5)))", "cuDNN's minimum"),
+    Mutant("epsilon capped", _SD, "sd = np.sqrt(variance + arithmetic(min(spec.epsilon, 0.05)))"),
+    Mutant("epsilon fixed at 1e-5", _SD, "sd = np.sqrt(variance + arithmetic(1e-5))", "gzuidhof/nn-transfer#3"),
+    Mutant("epsilon fixed at 1e-3", _SD, "sd = np.sqrt(variance + arithmetic(1e-3))", "qqwweee/keras-yolo3#451"),
+    Mutant("variance floored by epsilon", _SD, "sd = np.sqrt(np.maximum(variance, arithmetic(spec.epsilon)))"),
+    Mutant("epsilon twice in eval", _SD, "sd = np.sqrt(variance + arithmetic(spec.epsilon) * (1 if batch else 2))"),
+    # The formula.
+    Mutant("divides by the variance", _XHAT, "xhat = (x - mean) / np.square(sd)", "jax-ml/jax#443"),
+    Mutant("mean not subtracted in eval", _XHAT, "xhat = (x - (mean if batch else 0)) / sd"),
+    Mutant("magnitude of gamma", _GAMMA, "y = y * np.abs(per_channel(state.gamma))", "in-place activated batch norm"),
+    Mutant("gamma 0 taken for none", _GAMMA, "y = y * np.where(per_channel(state.gamma) == 0, 1, per_channel(state.gamma))"),
+    Mutant("gamma plus one", _GAMMA, "y = y * (1 + per_channel(state.gamma))"),
+    Mutant("gamma fixed at 1", _GAMMA, "y = y * 1", "MXNet fix_gamma"),
+    Mutant("beta before gamma", _BETA, "y = y + per_channel(state.beta) * (1 if state.gamma is None else per_channel(state.gamma))"),
+    Mutant("beta only with gamma", _BETA, "y = y + per_channel(state.beta) * (state.gamma is not None)", "keras-team/keras#19073"),
+    Mutant("beta subtracted", _BETA, "y = y - per_channel(state.beta)"),
+    # Accuracy.
+    Mutant("one-pass variance", _VARIANCE, "variance = total(p * np.square(seen)) - np.square(mean)", "google/flax#1491"),
+    Mutant("one-pass variance, clamped", _VARIANCE,
+           "variance = np.maximum(total(p * np.square(seen)) - np.square(mean), arithmetic(0))", "flax, use_fast_variance"),
+    Mutant("one-pass variance in eval-sized batches", _VARIANCE,
+           "variance = total(p * (np.square(seen - mean) if count > 16 else np.square(seen) - np.square(mean)))"),
+    Mutant("one-pass variance in large batches", _VARIANCE,
+           "variance = total(p * (np.square(seen - mean) if count < 200 else np.square(seen) - np.square(mean)))"),
+    Mutant("mean of half precision", _MEAN, "mean = total(p * seen).astype(np.float16).astype(arithmetic)"),
+    Mutant("sums in float16", _X, "x = call.x.astype(np.float16).astype(arithmetic)"),
+    Mutant("float64 computed in float32", _ARITHMETIC, "arithmetic = np.float32", "keras on torch", only="float64"),
+    Mutant("half statistics summed in half", _VARIANCE,
+           "variance = total((p * np.square((seen - mean).astype(call.x.dtype))).astype(call.x.dtype))", "haiku", only="float16"),
+    Mutant("half squares overflow", _VARIANCE,
+           "variance = total(p * np.square(seen.astype(call.x.dtype))) - np.square(mean)", "tensorflow/tensorflow#8535", only="float16"),
+    Mutant("y in float32 whatever x is", "y = y.astype(call.x.dtype)", "y = y.astype(arithmetic)", "flax, equinox", only="float16"),
+    Mutant("y through bfloat16", "y = y.astype(call.x.dtype)",
+           "y = (y.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(call.x.dtype)"),
+    Mutant("statistics of x's dtype", "new_mean = new_mean.astype(state.moving_mean.dtype)",
+           "new_mean = new_mean.astype(call.x.dtype)", "haiku", only="float16"),
+    # Axes.
+    Mutant("channels always last", _AXIS, "axis = x.ndim - 1 if x.shape[-1] == spec.num_features else spec.axis % x.ndim",
+           "Keras's default left with channels-first data"),
+    Mutant("channels always at 1", _AXIS, "axis = 1 if x.shape[1] == spec.num_features else spec.axis % x.ndim"),
+    Mutant("negative axis from a table of 4", _AXIS, "axis = spec.axis % min(x.ndim, 4) if spec.axis < 0 else spec.axis",
+           "apple/coremltools#2462"),
+    Mutant("ignores strides", _X, "x = np.lib.stride_tricks.as_strided(call.x, call.x.shape, np.empty(call.x.shape, call.x.dtype).strides).astype(arithmetic) if call.x.base is not None and call.x.base.size == call.x.size else call.x.astype(arithmetic)",
+           "pytorch/pytorch#62967"),
+    Mutant("gradient ignores strides", "dy = call.dy.astype(x.dtype)",
+           "dy = np.ravel(call.dy, order='K').reshape(x.shape).astype(x.dtype)", "pytorch/pytorch#175189"),
+    # Modes.
+    Mutant("eval with batch statistics", _BATCH, "batch = True", "keras-team/keras#3423"),
+    Mutant("training with moving statistics", _BATCH, "batch = not spec.track_moving_stats", "tensorflow/tensorflow#32864"),
+    Mutant("untracked eval without batch", _BATCH, "batch = training", "pytorch/pytorch#75252"),
+    Mutant("eval moves the statistics", _MOVES,
+           "moves = request.update_stats and spec.track_moving_stats and bool(W > 0) and count > 0 and not request.frozen_statistics",
+           "tensorflow/tensorflow#16102"),
+    Mutant("frozen statistics ignored", _TRAINING, "training = request.training", "keras-team/keras#6570"),
+    Mutant("frozen normalizes with the batch", _BATCH, "batch = request.training or not spec.track_moving_stats",
+           "tf.layers trainable=False"),
+    Mutant("update_stats ignored", _MOVES, "moves = training and spec.track_moving_stats and batch and count > 0"),
+    Mutant("update_stats=False means eval", _BATCH,
+           "batch = (training and request.update_stats) or not spec.track_moving_stats"),
+    # Degenerate batches.
+    Mutant("empty batch counts", _MOVES, "moves = training and request.update_stats and spec.track_moving_stats",
+           "torch's counter on an empty batch"),
+    Mutant("one value skips the update", _MOVES,
+           "moves = training and request.update_stats and spec.track_moving_stats and batch and count > 1", "Paddle"),
+    Mutant("one value is copied", _XHAT, "xhat = x if batch and count == 1 else (x - mean) / sd", "Paddle's CPU kernel"),
+    # What is not finite.
+    Mutant("keep ignored", 'if spec.nonfinite == "keep":', "if False:"),
+    Mutant("keeps unasked", 'if spec.nonfinite == "keep":', "if True:"),
+    Mutant("keep lets infinity pass", "good = np.isfinite(mean).reshape(-1) & np.isfinite(variance).reshape(-1)",
+           "good = ~np.isnan(mean).reshape(-1)"),
+    Mutant("keep drops every channel", "good = np.isfinite(mean).reshape(-1) & np.isfinite(variance).reshape(-1)",
+           "good = np.full(spec.num_features, bool(np.isfinite(mean).all() and np.isfinite(variance).all()))"),
+    Mutant("NaN cleaned to 0", _SEEN, "seen = np.where(w > 0, np.nan_to_num(x, nan=0, posinf=0, neginf=0), 0)"),
+    # Weights.
+    Mutant("mask ignored", "w = _spread(call.weights, x.shape, axis)", "w = _spread(None, x.shape, axis)",
+           "tensorflow/tensorflow#30161"),
+    Mutant("masked values count as 0", _P, "p = np.full_like(w, 1 / w.size).astype(arithmetic)", "padding biases the mean to 0"),
+    Mutant("NaN under the mask", _SEEN, "seen = x", "tf_keras weighted moments"),
+    Mutant("NaN under the mask in the gradient", _MASKED_XHAT, "xhat = tape.xhat"),
+    Mutant("weights taken as a mask", _P, "p = ((w > 0) / np.count_nonzero(w)).astype(arithmetic)"),
+    Mutant("total clamped at 1", _P, "p = (w / max(W, 1)).astype(arithmetic)"),
+    Mutant("1e-7 beside the total", _P, "p = (w / (W + 1e-7 * W * 100)).astype(arithmetic)", "Keras adds epsilon to the mask's sum"),
+    Mutant("nothing weighted is a batch", _WEIGHTED, "batch = batch and count > 0"),
+    Mutant("nothing weighted moves the statistics", _WEIGHTED, "W = W if W > 0 else 1"),
+    Mutant("row weights on the last axis", "w = w.reshape(-1, *[1] * (len(shape) - 1))",
+           "w = w.reshape(-1, *[1] * (len(shape) - 1)) if len(shape) == 2 or shape[1] != w.size or axis == 1 else w.reshape(1, -1, *[1] * (len(shape) - 2))"),
+    Mutant("mask on the channel axis", "w = np.expand_dims(w, axis)",
+           "w = np.broadcast_to(np.expand_dims(w, -1), shape).mean(axis=axis, keepdims=True)", "Keras, axis=1 with T = C"),
+    Mutant("output masked to 0", "y = y.astype(call.x.dtype)", "y = (y * (w > 0)).astype(call.x.dtype)"),
+    Mutant("weights have no gradient through the variance", _EACH, "each = xhat * s1"),
+    Mutant("weights' gradient forgets epsilon", _EACH, "each = xhat * s1 + 0.5 * (np.square(xhat) - 1) * s2"),
+    Mutant("weights' gradient by the mean weight", "each = -gamma / max(float(np.sum(tape.w)), 1e-300) * each",
+           "each = -gamma / max(float(np.mean(tape.w)), 1e-300) * each"),
+    Mutant("weights' gradient without gamma", "each = -gamma / max(float(np.sum(tape.w)), 1e-300) * each",
+           "each = -1 / max(float(np.sum(tape.w)), 1e-300) * each"),
+    Mutant("masks get a gradient", 'if call.weights is not None and call.weights.dtype.kind not in "biu":',
+           "if call.weights is not None:"),
+    Mutant("weights' gradient in eval", "each = np.zeros(x.shape)", "each = each"),
+    # Gradients.
+    Mutant("statistics detached", _INNER, "inner = dy", "patrick-kidger/equinox#659"),
+    Mutant("variance detached", _INNER, "inner = dy - p * s1"),
+    Mutant("mean detached", _INNER, "inner = dy - p * xhat * s2"),
+    Mutant("dx divides by the batch axis", _INNER, "inner = dy - (s1 + xhat * s2) / x.shape[0]", "cf. pytorch/pytorch#36382"),
+    Mutant("dx without weights", _INNER, "inner = dy - (s1 + xhat * s2) / tape.w.size"),
+    Mutant("dx by the unbiased count", _INNER, "inner = dy - (p * s1 + xhat * s2 / max(tape.w.size - 1, 1) * (tape.w > 0))"),
+    Mutant("dx without gamma", _DX, "dx = 1 / sd * inner"),
+    Mutant("dx by the variance", _DX, "dx = gamma / np.square(sd) * inner"),
+    Mutant("gradient clipped", "dy = call.dy.astype(x.dtype)", "dy = np.clip(call.dy, -1e3, 1e3).astype(x.dtype)"),
+    Mutant("eval gradient through the batch", "p = tape.p", "p = np.full(tape.w.shape, 1 / max(tape.w.size, 1))",
+           "pytorch/pytorch#4284"),
+    Mutant("dgamma in units of x", "dgamma = s2.reshape(-1)", "dgamma = (s2 * sd).reshape(-1)", "cf. pytorch/pytorch#57796"),
+    Mutant("dgamma averaged", "dgamma = s2.reshape(-1)", "dgamma = s2.reshape(-1) / max(tape.w.size, 1)"),
+    Mutant("dbeta averaged", "dbeta = s1.reshape(-1)", "dbeta = s1.reshape(-1) / max(tape.w.size, 1)"),
+    Mutant("dbeta over weighted rows", "dbeta = s1.reshape(-1)", "dbeta = total(dy * (tape.w > 0)).reshape(-1)"),
+    Mutant("dbeta times gamma", "dbeta = s1.reshape(-1)", "dbeta = (gamma * s1).reshape(-1)"),
+    Mutant("only the last call's gradient", "dgamma = _sum([g for g, _ in gradients], before.gamma)",
+           "dgamma = _sum([g for g, _ in gradients][-1:], before.gamma)"),
+    # Carrying state.
+    Mutant("export loses the counter", "state = layer.state.copy()", "state = layer.state.copy().replace(num_updates=0)",
+           "pytorch/pytorch#110850"),
+    Mutant("export through float32", "state = layer.state.copy()",
+           "state = layer.state.copy().replace(**{n: a.astype(np.float32).astype(a.dtype) for n, a in layer.state.arrays().items()})",
+           only="float64"),
+    Mutant("loading resets the counter", "layer.state = state", "layer.state = state.replace(num_updates=0)"),
+    Mutant("build ignores the state", "state = BatchNormState.initial(spec) if state is None else state",
+           "state = BatchNormState.initial(spec)", "huggingface/transformers#17571"),
+    # What must be refused.
+    Mutant("builds from any state", "state = state.checked(spec)", "state = state", only="invalid"),
+    Mutant("loads any state", "state = state.checked(layer.spec)", "state = state", only="invalid"),
+    Mutant("negative weights", "if call.weights is not None and not bool(np.all((call.weights >= 0) & (call.weights < np.inf))):",
+           "if False:", only="invalid"),
+    Mutant("any shape is a call", "plan_call(spec, call.x.shape, call.x.dtype.name, training=training, weights_shape=given)",
+           "plan_call(spec, call.x.shape, call.x.dtype.name, training=False, weights_shape=given)", only="invalid"),
+)  # fmt: skip
