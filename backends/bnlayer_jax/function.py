@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from bnlayer.call import CallPlan, plan_call
@@ -52,18 +53,18 @@ def batch_norm(
         UnsupportedError: the spec asks for what this backend lacks, or for float64 without x64.
     """
     MISSING.refuse("jax", spec)
-    # Asked before JAX converts x, which it would do without a word.
-    refuse_missing_float64(spec, jnp.dtype(getattr(x, "dtype", "float32")).name)
-    x = jnp.asarray(x)
+    given = x if isinstance(x, (jax.Array, np.ndarray)) else jnp.asarray(x)
     plan = plan_call(
         spec,
-        x.shape,
-        x.dtype.name,
+        given.shape,
+        given.dtype.name,
         training=training,
         update_stats=update_stats,
         weights_shape=None if weights is None else jnp.shape(weights),
     )
     check_names_and_shapes(state, spec)
+    refuse_missing_float64(spec, given.dtype.name)  # before JAX converts x, which it would do without a word
+    x = jnp.asarray(given)
     w = None
     if weights is not None:
         check_values(weights)

@@ -106,6 +106,9 @@ class BatchNorm:
             (self.state if state is None else state,),
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _assembled, ((self.spec, self.frozen_statistics), (self.state,))
+
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a BatchNorm of bnlayer_jax is immutable; to change {name}, use what replace() returns.")
 

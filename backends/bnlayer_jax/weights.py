@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
@@ -37,15 +38,18 @@ def check_values(weights: Any) -> None:
     Raises:
         InputError: a weight is negative, not finite, or not a real number.
     """
-    dtype = jnp.result_type(weights)
+    dtype = weights.dtype if hasattr(weights, "dtype") else np.asarray(weights).dtype
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_):
         raise InputError(f"weights must be real or boolean; got {dtype}.")
     if isinstance(weights, Tracer):
         return
     values = np.asarray(weights)
-    wrong = ~((values >= 0) & (values < np.inf))
+    # What JAX will hold: without x64 a large float64 would become infinite on the way.
+    held = jax.dtypes.canonicalize_dtype(dtype)
+    limit = float(ml_dtypes.finfo(held).max) if jnp.issubdtype(held, jnp.floating) else np.inf
+    wrong = ~((values >= 0) & (values <= limit))
     if bool(wrong.any()):
-        raise InputError(f"weights must be finite and not negative; got {values[wrong][0]}.")
+        raise InputError(f"weights must be not negative and finite in {held}; got {values[wrong][0]}.")
 
 
 def as_array(weights: Any) -> jax.Array:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -24,8 +28,17 @@ def test_a_call_returns_the_layer_after_and_leaves_this_one() -> None:
 
 
 def test_it_cannot_be_changed_in_place() -> None:
-    with pytest.raises(AttributeError, match="immutable.*replace"):
+    with pytest.raises(AttributeError, match=r"immutable.*replace"):
         BatchNorm(BatchNormSpec(3)).frozen_statistics = True
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_it_can_be_copied_and_pickled(way: Callable[[BatchNorm], BatchNorm]) -> None:
+    _, layer = BatchNorm(BatchNormSpec(3), frozen_statistics=False)(X, training=True)
+    twin = way(layer)
+    assert jax.tree.structure(twin) == jax.tree.structure(layer)
+    for a, b in zip(jax.tree.leaves(twin), jax.tree.leaves(layer), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_leaves_are_the_state_and_the_rest_is_static() -> None:
