@@ -82,7 +82,7 @@ def conformance(session: nox.Session, backend: str) -> None:
 
 def install_everything(session: nox.Session) -> None:
     """The project as it lies here, every framework, and every tool."""
-    install(session, "-e", ".", *nox.project.dependency_groups(PYPROJECT, "frameworks", "test", "lint"))
+    install(session, "-e", ".", *nox.project.dependency_groups(PYPROJECT, "frameworks", "peers", "test", "lint"))
 
 
 def install(session: nox.Session, *arguments: str) -> None:

@@ -162,7 +162,8 @@ def _dweights(cache: Cache, w: Weights, gamma: NDArray, xhat: NDArray, s1: NDArr
     ratio = cache.variance / (cache.variance + cache.spec.epsilon)
     at_positions: NDArray = -gamma * (xhat * s1 + 0.5 * (np.square(xhat, dtype=np.float64) - ratio) * s2) / w.total
     spread_over = tuple(i for i, length in enumerate(w.values.shape) if length == 1)
-    return at_positions.sum(axis=spread_over).reshape(cache.weights_given).astype(cache.weights_dtype)
+    summed: NDArray = at_positions.sum(axis=spread_over)
+    return summed.reshape(cache.weights_given).astype(cache.weights_dtype)
 
 
 def _normalized(cache: Cache) -> NDArray:

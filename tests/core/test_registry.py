@@ -182,16 +182,21 @@ def test_build_extract_load_on_numpy() -> None:
 
 # Frameworks that are not there
 
-# Runs first in the child: the named modules look as if they were not installed.
+# Runs first in the child: no finder finds the named modules, as if they were not installed.
 BLOCKER = """
 import sys
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Blocker())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {blocked!r} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 
 
