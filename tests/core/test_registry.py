@@ -140,7 +140,10 @@ def test_a_backend_object_in_place_of_a_name() -> None:
         (":BACKEND", "no backend at"),
         (".relative:BACKEND", "no backend at"),
         (":", "no backend at"),
-        ("strange_package:NUMBER", "is not a backend; it lacks name, version, owns, unsupported, build, extract, load, step"),
+        (
+            "strange_package:NUMBER",
+            "is not a backend; it lacks name, version, owns, unsupported, build, extract, load, step",
+        ),
         ("strange_package:Stranger", "is a class; name an object of it, such as strange_package:BACKEND"),
     ],
 )
@@ -258,9 +261,7 @@ def test_require_tells_absent_from_incomplete_from_broken(tmp_path: Path, monkey
 
 
 def test_missing_names_the_first_thing_that_is_asked_for() -> None:
-    missing = Missing(
-        fields={"synchronized": "one device"}, dtypes={"bfloat16": "no such type"}, adjustment="not yet"
-    )
+    missing = Missing(fields={"synchronized": "one device"}, dtypes={"bfloat16": "no such type"}, adjustment="not yet")
     assert missing.reason(SPEC) is None
     assert missing.reason(SPEC.replace(synchronized=True)) == "synchronized: one device"
     assert missing.reason(SPEC.replace(param_dtype="bfloat16")) == "bfloat16: no such type"
