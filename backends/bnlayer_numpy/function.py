@@ -105,7 +105,7 @@ def batch_norm_forward(
         if has_batch:
             batch = batch_moments(x, plan, w)
             mean, variance = batch.mean, batch.variance
-            after = updated(state, batch, spec) if plan.update else state
+            after = updated(state, batch, spec, plan) if plan.update else state
         else:
             mean, variance = _moving(state, plan)
             after = state

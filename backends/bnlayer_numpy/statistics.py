@@ -53,16 +53,19 @@ def batch_moments(x: NDArray, plan: CallPlan, weights: Weights | None) -> Moment
     return Moments(shift + c, variance, unbiased)
 
 
-def updated(state: BatchNormState[NDArray], batch: Moments, spec: BatchNormSpec) -> BatchNormState[NDArray]:
+def updated(
+    state: BatchNormState[NDArray], batch: Moments, spec: BatchNormSpec, plan: CallPlan
+) -> BatchNormState[NDArray]:
     """The state after one batch's statistics entered it."""
     assert state.moving_mean is not None and state.moving_variance is not None
     t = int(state.num_updates) + 1
     decay = 1.0 - 1.0 / t if spec.decay == "cumulative" else float(spec.decay)
     variance = batch.unbiased if spec.moving_variance_estimator == "unbiased" else batch.variance
-    # batch.mean and batch.variance decide what is finite: the unbiased variance is derived from them.
     keep = np.zeros(spec.num_features, bool)
     if spec.nonfinite == "keep":
-        keep = ~(np.isfinite(batch.mean) & np.isfinite(batch.variance)).reshape(-1)
+        # Finite in the arithmetic that the spec prescribes, not in the wider one that the sums run in.
+        m, v = batch.mean.astype(plan.arithmetic), batch.variance.astype(plan.arithmetic)
+        keep = ~(np.isfinite(m) & np.isfinite(v)).reshape(-1)
 
     def average(name: str, old: NDArray, new: NDArray) -> NDArray:
         moved = decay * old.astype(np.float64) + (1.0 - decay) * new.reshape(-1)

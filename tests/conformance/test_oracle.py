@@ -1,0 +1,166 @@
+"""The oracle against derivatives taken numerically, in 60 digits, of its own forward pass: it shares no formula with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+mpmath = pytest.importorskip("mpmath")
+
+from bnlayer.spec import BatchNormSpec
+from bnlayer_conformance import oracle
+from bnlayer_conformance.authoring import draw
+from bnlayer_conformance.authoring.case import exact
+
+mp, mpf = mpmath.mp, mpmath.mpf
+H = mpf(10) ** -20
+SHAPE, AXIS = (3, 2, 2), 1
+PLACES = oracle.channel_places(SHAPE, AXIS)
+
+
+def _spec(**fields: Any) -> dict[str, Any]:
+    return BatchNormSpec(2, axis=AXIS, epsilon=1e-3, decay=0.75, **fields).to_dict()
+
+
+def _state() -> oracle.State:
+    averages = [oracle.Average(mpf("0.3"), mpf("1.7")), oracle.Average(mpf("-1.1"), mpf("0.4"))]
+    return oracle.State([mpf("1.25"), mpf("-0.5")], [mpf("0.1"), mpf(2)], averages, 0)
+
+
+def _call(weights: list[Any] | None) -> oracle.OneCall:
+    count = len(PLACES[0])
+    return oracle.OneCall(
+        x=exact(draw.normal("oracle/x", SHAPE, "float64", mean=0.5, std=2.0)),
+        shape=SHAPE,
+        dtype="float64",
+        dy=exact(draw.normal("oracle/dy", SHAPE, "float64")),
+        weights=weights,
+        weight_of=list(range(count)),
+        real_weights=None if weights is None else count,
+        weights_dtype="float64",
+    )
+
+
+WEIGHTS = [mpf(w) for w in ("1", "0.5", "2", "0.25", "3", "1.5")]
+MODES = [
+    pytest.param(True, {}, None, id="train"),
+    pytest.param(False, {}, None, id="eval"),
+    pytest.param(True, {}, WEIGHTS, id="weighted"),
+    pytest.param(False, {"track_moving_stats": False}, WEIGHTS, id="untracked-weighted"),
+    pytest.param(True, {"scale": False}, WEIGHTS, id="no-gamma"),
+]
+
+
+def _loss(spec: dict[str, Any], state: oracle.State, call: oracle.OneCall, training: bool) -> Any:
+    (result,), _ = oracle.step(spec, state, [replace(call, dy=None)], training=training)
+    assert call.dy is not None
+    return mp.fsum(y * d for y, d in zip(result.y.values, call.dy, strict=True))
+
+
+def _derivatives(values: list[Any], loss: Any) -> list[Any]:
+    """Central differences of loss(values) with step 1e-20, right to about 1e-38."""
+
+    def at(i: int, step: Any) -> Any:
+        return loss([v + step if j == i else v for j, v in enumerate(values)])
+
+    return [(at(i, H) - at(i, -H)) / (2 * H) for i in range(len(values))]
+
+
+def _close(got: list[Any], want: list[Any]) -> None:
+    assert len(got) == len(want)
+    assert max(abs(g - w) for g, w in zip(got, want, strict=True)) < mpf(10) ** -30
+
+
+@pytest.mark.parametrize(("training", "fields", "weights"), MODES)
+def test_gradients_are_the_derivatives_of_the_forward_pass(
+    training: bool, fields: dict[str, Any], weights: list[Any] | None
+) -> None:
+    spec, state, call = _spec(**fields), _state(), _call(weights)
+    if fields.get("scale") is False:
+        state.gamma = None
+    if fields.get("track_moving_stats") is False:
+        state.averages = None
+    (result,), _ = oracle.step(spec, state, [call], training=training)
+    assert result.dx is not None
+    _close(result.dx.values, _derivatives(call.x, lambda x: _loss(spec, state, replace(call, x=x), training)))
+    assert result.dbeta is not None
+    _close(result.dbeta.values, _derivatives(state.beta, lambda b: _loss(spec, replace(state, beta=b), call, training)))  # type: ignore[arg-type]
+    if state.gamma is not None:
+        assert result.dgamma is not None
+        _close(
+            result.dgamma.values,
+            _derivatives(state.gamma, lambda g: _loss(spec, replace(state, gamma=g), call, training)),
+        )
+    else:
+        assert result.dgamma is None
+    if weights is not None:
+        assert result.dweights is not None
+        _close(
+            result.dweights.values,
+            _derivatives(weights, lambda w: _loss(spec, state, replace(call, weights=w), training)),
+        )
+
+
+def test_weight_gradient_at_zero_is_the_limit_from_above() -> None:
+    weights = [mpf(0), *WEIGHTS[1:]]
+    spec, state, call = _spec(), _state(), _call(weights)
+    (result,), _ = oracle.step(spec, state, [call], training=True)
+    assert result.dweights is not None
+
+    def loss(w0: Any) -> Any:
+        return _loss(spec, state, replace(call, weights=[w0, *weights[1:]]), True)
+
+    assert abs((loss(H) - loss(mpf(0))) / H - result.dweights.values[0]) < mpf(10) ** -18
+
+
+def test_moments_against_textbook_cases() -> None:
+    m, v, u, one_over_n = oracle.moments([mpf(1), mpf(4)], [mpf(1), mpf(1)])
+    assert (m, v, u, one_over_n) == (mpf("2.5"), mpf("2.25"), mpf("4.5"), mpf("0.5"))
+    m, v, u, _ = oracle.moments([mpf(1), mpf(7), mpf(4)], [mpf(1), mpf(0), mpf(1)])
+    assert (m, v, u) == (mpf("2.5"), mpf("2.25"), mpf("4.5"))
+    _, v, u, one_over_n = oracle.moments([mpf(3), mpf(7)], [mpf("0.3"), mpf(0)])
+    assert (v, u, one_over_n) == (0, 0, 1)
+
+
+def test_moments_agree_with_the_standard_library() -> None:
+    from fractions import Fraction
+    from statistics import mean, pvariance, variance
+
+    x = [Fraction(n, 7) for n in (3, -8, 12, 5, 1)]
+    m, v, u, _ = oracle.moments([mpf(f.numerator) / f.denominator for f in x], [mpf(1)] * 5)
+    for got, want in ((m, mean(x)), (v, pvariance(x)), (u, variance(x))):
+        assert abs(got - mpf(want.numerator) / want.denominator) < mpf(10) ** -55
+
+
+def test_channel_places_by_numpy() -> None:
+    import numpy as np
+
+    index = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    for axis in (1, 2, 3, -1, -3):
+        want = [np.take(index, c, axis=axis).reshape(-1).tolist() for c in range(index.shape[axis])]
+        assert oracle.channel_places(index.shape, axis) == want
+
+
+@pytest.mark.parametrize("n", [16, 256])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_bounds_hold_for_careful_float32_arithmetic_and_not_for_careless(n: int, mean: float) -> None:
+    """The bounds are neither too tight for a two-pass computation in float32, nor so wide that E[x^2]-E[x]^2 fits."""
+    import numpy as np
+
+    from bnlayer_conformance import bounds
+
+    rounding = bounds.Rounding("float32", "float32", "float32")
+    worst_careless = 0.0
+    for case in range(20):
+        x = draw.normal(f"bounds/{n}/{mean}/{case}", (n,), "float32", mean=mean)
+        m, v, u, p = oracle.moments(exact(x), [mpf(1)] * n)
+        errors = bounds.batch_errors(rounding, n, m, v, u, p, mpf("1e-3"))
+        m32 = np.mean(x, dtype=np.float32)
+        v32 = np.mean(np.square(x - m32), dtype=np.float32)
+        assert abs(float(m32) - float(m)) <= errors.mean
+        assert abs(float(v32) - float(v)) <= errors.variance
+        careless = np.mean(np.square(x), dtype=np.float32) - np.square(m32)
+        worst_careless = max(worst_careless, abs(float(careless) - float(v)) / errors.variance)
+    assert (worst_careless > 10) == (mean > 0)

@@ -1,0 +1,186 @@
+"""What the runner says of backends that misbehave: each status, and never the end of the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bnlayer.contract import Outcome, Request
+from bnlayer.errors import BackendUnavailable, StateError
+from bnlayer_conformance import deviations, metamorphic, report, runner, vector
+from bnlayer_conformance.compare import compare, compare_counter
+from bnlayer_conformance.mutants.base import Base, Layer
+from bnlayer_conformance.vector import Expected
+
+(PLAIN,) = vector.load("gradients/random")
+(NEGATIVE,) = vector.load("refusals/state-negative-variance")
+(ONE_VALUE,) = vector.load("refusals/input-one-value")
+
+
+class _Changed(Base):
+    """The base with its outcome changed."""
+
+    def change(self, outcome: Outcome) -> Outcome:
+        raise NotImplementedError
+
+    def step(self, layer: Layer, request: Request) -> tuple[Layer, Outcome]:
+        layer, outcome = super().step(layer, request)
+        return layer, self.change(outcome)
+
+
+def _with_call(outcome: Outcome, **changes: Any) -> Outcome:
+    return replace(outcome, calls=tuple(replace(call, **changes) for call in outcome.calls))
+
+
+@pytest.mark.parametrize(
+    ("change", "observable", "reason"),
+    [
+        (lambda o: _with_call(o, y=o.calls[0].y + np.float32(1e-3)), "y", "element"),
+        (lambda o: _with_call(o, y=o.calls[0].y.astype(np.float64)), "y", "float32 was expected, got float64"),
+        (lambda o: _with_call(o, y=o.calls[0].y.tolist()), "y", "got a list"),
+        (lambda o: _with_call(o, y=o.calls[0].y[:-1]), "y", "shape"),
+        (lambda o: _with_call(o, dx=None), "dx", "got nothing"),
+        (lambda o: _with_call(o, dx=o.calls[0].dx * np.nan), "dx", "got nan"),
+        (lambda o: _with_call(o, dweights=np.ones(3, np.float32)), "dweights", "nothing was expected"),
+        (lambda o: replace(o, dgamma=None), "dgamma", "got nothing"),
+        (lambda o: replace(o, dbeta=o.dbeta * 2), "dbeta", "element"),
+        (lambda o: replace(o, calls=()), "calls", "1 were expected, got 0"),
+        (lambda o: replace(o, state=o.state.replace(num_updates=7)), "num_updates", "1 was expected, got 7"),
+        (lambda o: replace(o, state=o.state.replace(num_updates=None)), "num_updates", "got None"),
+        (lambda o: replace(o, state=o.state.replace(moving_mean=o.state.moving_variance)), "moving_mean", "element"),
+        (lambda o: replace(o, state=o.state.replace(gamma=o.state.gamma * 1.0000002)), "gamma", "element"),
+    ],
+)
+def test_every_difference_is_a_failure(change: Any, observable: str, reason: str) -> None:
+    backend = _Changed()
+    backend.change = change  # type: ignore[method-assign]
+    result = runner.run_vector(PLAIN, backend)
+    assert (result.status, result.observable) == ("fail", observable)
+    assert reason in result.reason
+
+
+def test_a_crash_is_an_error_and_the_run_goes_on() -> None:
+    class Crashes(Base):
+        def step(self, layer: Layer, request: Request) -> tuple[Layer, Outcome]:
+            raise KeyError("weights")
+
+    target = runner.Target("crashes", Crashes(), "1")
+    results = list(runner.run([PLAIN, NEGATIVE], target))
+    assert [r.status for r in results] == ["error", "pass"]
+    assert "KeyError" in results[0].reason
+    assert {r.target for r in results} == {"crashes"}
+
+
+def test_unsupported_is_said_by_name() -> None:
+    class Lacks(Base):
+        def unsupported(self, spec: Any, request: Request | None = None) -> str | None:
+            return "weights: not here" if request is not None and request.calls[0].weights is not None else None
+
+    (masked,) = vector.load("weights/mask-rows")
+    result = runner.run_vector(masked, Lacks())
+    assert (result.status, result.reason) == ("unsupported", "weights: not here")
+    assert runner.run_vector(PLAIN, Lacks()).status == "pass"
+
+
+def test_an_invalid_vector_wants_the_right_error_at_the_right_place() -> None:
+    assert runner.run_vector(NEGATIVE, Base()).status == "pass"
+
+    class Lenient(Base):
+        def build(self, spec: Any, state: Any = None, *, device: Any = None) -> Layer:
+            return Layer(spec, state)
+
+    accepted = runner.run_vector(NEGATIVE, Lenient())
+    assert (accepted.status, accepted.observable) == ("fail", "refusal")
+    assert "StateError at state was expected, got nothing" in accepted.reason
+
+    class WrongKind(Base):
+        def step(self, layer: Layer, request: Request) -> tuple[Layer, Outcome]:
+            raise StateError("no")
+
+    wrong = runner.run_vector(ONE_VALUE, WrongKind())
+    assert wrong.status == "fail"
+    assert "InputError at 0 was expected, got StateError at 0" in wrong.reason
+
+
+def test_a_layer_must_give_back_what_it_was_built_from() -> None:
+    class Forgets(Base):
+        def extract(self, layer: Layer) -> Any:
+            spec, state = super().extract(layer)
+            return spec.replace(epsilon=spec.epsilon * 2), state
+
+    result = runner.run_vector(PLAIN, Forgets())
+    assert (result.status, result.observable) == ("fail", "spec")
+    assert "epsilon" in result.reason
+
+
+def test_find_says_why_a_target_is_absent() -> None:
+    class Absent(Base):
+        def version(self) -> str:
+            raise BackendUnavailable("nowhere is not installed. Run: pip install nowhere")
+
+    target = runner.find("absent", lambda _: Absent())
+    assert not target.ready
+    assert "pip install nowhere" in target.reason
+
+
+def _expected(values: list[float], tolerance: list[float], nonfinite: list[bool] | None = None) -> Expected:
+    return Expected(
+        "float32", np.array(values), np.array(tolerance), np.array(nonfinite or [False] * len(values), bool)
+    )
+
+
+def test_compare_elements() -> None:
+    def ratio(got: list[float], want: Expected) -> float:
+        return compare("y", np.array(got, np.float32), want).ratio
+
+    assert ratio([1.0, 2.0], _expected([1.0, 2.0], [0.0, 0.0])) == 0
+    assert ratio([1.0, 2.5], _expected([1.0, 2.0], [0.1, 1.0])) == 0.5
+    assert ratio([1.0, 2.5], _expected([1.0, 2.0], [0.1, 0.0])) == np.inf
+    assert ratio([np.nan], _expected([np.nan], [0.0])) == 0
+    assert ratio([np.inf], _expected([np.nan], [0.0], [True])) == 0
+    assert ratio([3e38], _expected([np.nan], [0.0], [True])) == np.inf
+    assert ratio([np.nan], _expected([1.0], [1e9])) == np.inf
+
+
+def test_compare_counter_takes_integers_only() -> None:
+    assert compare_counter(np.int64(3), 3).passed
+    for wrong in (None, "x", 4):
+        assert not compare_counter(wrong, 3).passed
+
+
+def test_metamorphic_checks_pass_on_the_base_and_catch_a_detached_mean() -> None:
+    from bnlayer_conformance.mutants.build import build
+    from bnlayer_conformance.mutants.catalogue import MUTANTS
+
+    names = metamorphic.names()
+    assert {r.status for r in metamorphic.run(names, runner.Target("base", Base(), "1"))} == {"pass"}
+    (mutant,) = [m for m in MUTANTS if m.name == "mean detached"]
+    results = metamorphic.run(names, runner.Target("mutant", build(mutant), "1"))
+    assert "metamorphic/gradient-sums-to-zero" in {r.vector for r in results if r.status == "fail"}
+
+
+def test_deviations(tmp_path: Any) -> None:
+    path = tmp_path / "some.layer.txt"
+    path.write_text("# known\n\ngradients/* | dx | rounds twice | example/repo#1\nmodes/* | y | old | -\n")
+    known = deviations.read(path)
+    failed = runner.Result("gradients/random", "gradients", "t", "fail", "dx", 1.0, 0.1, "step 0")
+    passed = runner.Result("gradients/zero", "gradients", "t", "pass")
+    marked = deviations.apply([failed, passed], known, ["gradients/random", "gradients/zero"])
+    assert [r.status for r in marked] == ["deviation", "pass"]
+    assert "rounds twice (example/repo#1)" in marked[0].reason
+    stale = deviations.apply([passed], known, ["gradients/zero"])
+    assert [r.status for r in stale] == ["pass", "error"]
+    assert "no longer happens" in stale[1].reason
+    path.write_text("gradients/* | dx | no reference\n")
+    with pytest.raises(deviations.FileError, match="line 1"):
+        deviations.read(path)
+
+
+def test_report_numbers_are_json() -> None:
+    results = [replace(runner.Result("a/b", "a", "t", "fail", "y"), error=float("inf"), tolerance=float("nan"))]
+    (entry,) = report.document([runner.Target("t", Base(), "1")], results)["results"]
+    assert entry["error"] is None
+    assert entry["tolerance"] is None
