@@ -36,7 +36,7 @@ class _OutOfSight:
 
 
 @keras.saving.register_keras_serializable(package="bnlayer")
-class BatchNormalization(keras.layers.Layer):  # type: ignore[misc, name-defined]  # Keras ships no types
+class BatchNormalization(keras.layers.Layer):
     """Batch normalization with the arguments and defaults of `keras.layers.BatchNormalization`, and the same weights.
 
     The attributes are the truth: `layer.momentum = 0.9` works, and `layer.spec` is computed from them.
@@ -120,9 +120,9 @@ class BatchNormalization(keras.layers.Layer):  # type: ignore[misc, name-defined
         self.gamma_constraint = keras.constraints.get(gamma_constraint)
         self.synchronized = synchronized
         self.cumulative = cumulative
-        self.moving_variance_estimator = moving_variance_estimator
-        self.single_value = single_value
-        self.nonfinite = nonfinite
+        self.moving_variance_estimator: Estimator = moving_variance_estimator
+        self.single_value: SingleValue = single_value
+        self.nonfinite: NonFinite = nonfinite
         self.track_moving_stats = track_moving_stats
         self.frozen_statistics = frozen_statistics
         self.param_dtype = param_dtype

@@ -19,7 +19,7 @@ __all__ = ["batch_norm", "counter_dtype", "device", "precision", "step"]
 
 def counter_dtype() -> str:
     """See `runtime.Runtime`."""
-    return "int64" if jax.config.jax_enable_x64 else "int32"
+    return str(jax.dtypes.canonicalize_dtype(np.int64))
 
 
 def precision(dtypes: set[str]) -> AbstractContextManager[Any]:
@@ -41,49 +41,58 @@ def device(name: str) -> str:
 def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
     """See `runtime.Runtime`. Differentiates the layer's stateless form, as Keras's own training does."""
     (home,) = layer.num_updates.value.devices()
-    variables = {n: getattr(layer, n) for n in ("gamma", "beta") if getattr(layer, n) is not None}
-    moving = [v for v in layer.variables if all(v is not p for p in variables.values())]
     for call in request.calls:
         _check(call.weights)
-    with jax.default_device(home):
-        xs = [jnp.asarray(call.x) for call in request.calls]
-        ws = [None if call.weights is None else jnp.asarray(call.weights) for call in request.calls]
-        real = {i: w for i, w in enumerate(ws) if w is not None and jnp.issubdtype(w.dtype, jnp.floating)}
+    variables = layer.variables
+    learned = {n: getattr(layer, n) for n in ("gamma", "beta") if getattr(layer, n) is not None}
+    asked = [i for i, call in enumerate(request.calls) if call.dy is not None]
 
-        def forward(parameters: dict[str, Any], xs: list[Any], real: dict[int, Any]) -> tuple[list[Any], list[Any]]:
-            with keras.StatelessScope(state_mapping=[(variables[n], p) for n, p in parameters.items()]) as scope:
+    @jax.jit
+    def run(sources: Any, masks: dict[int, Any], values: list[Any], dys: list[Any]) -> Any:
+        def forward(sources: Any) -> tuple[list[Any], Any]:
+            mapping = [*zip(variables, values, strict=True), *((learned[n], p) for n, p in sources["p"].items())]
+            with keras.StatelessScope(state_mapping=mapping) as scope:
                 ys = [
-                    layer(x, training=request.training, weights=real.get(i, w), update_stats=request.update_stats)
-                    for i, (x, w) in enumerate(zip(xs, ws, strict=True))
+                    layer(
+                        x,
+                        training=request.training,
+                        weights=sources["w"].get(i, masks.get(i)),
+                        update_stats=request.update_stats,
+                    )
+                    for i, x in enumerate(sources["x"])
                 ]
-                return ys, [scope.get_current_value(v) for v in moving]
+                return [ys[i] for i in asked], (ys, [scope.get_current_value(v) for v in variables])
 
-        parameters = {n: v.value for n, v in variables.items()}
-        ys, back, after = jax.vjp(forward, parameters, xs, real, has_aux=True)
-        for variable, value in zip(moving, after, strict=True):
-            if value is not None:
-                variable.assign(value)
-        dp: dict[str, Any] = {}
-        dxs: dict[int, Any] = {}
-        dws: dict[int, Any] = {}
-        asked = [i for i, call in enumerate(request.calls) if call.dy is not None]
-        if asked:
-            dys = [
-                jnp.zeros_like(y) if call.dy is None else jnp.asarray(call.dy)
-                for y, call in zip(ys, request.calls, strict=True)
-            ]
-            dp, dx_of_each, dws = back(dys)
-            dxs = {i: dx_of_each[i] for i in asked}
-            dws = {i: dw for i, dw in dws.items() if i in asked}
-    calls = [CallOutcome(np.asarray(y), dx=_numpy(dxs.get(i)), dweights=_numpy(dws.get(i))) for i, y in enumerate(ys)]
-    return tuple(calls), _numpy(dp.get("gamma")), _numpy(dp.get("beta"))
+        _, back, (ys, after) = jax.vjp(forward, sources, has_aux=True)
+        return ys, after, back(dys)[0]
+
+    with jax.default_device(home):
+        weights = {i: jnp.asarray(call.weights) for i, call in enumerate(request.calls) if call.weights is not None}
+        real = {i: w for i, w in weights.items() if jnp.issubdtype(w.dtype, jnp.floating)}
+        masks = {i: w for i, w in weights.items() if i not in real}
+        sources = {
+            "x": [jnp.asarray(call.x) for call in request.calls],
+            "w": real,
+            "p": {n: v.value for n, v in learned.items()},
+        }
+        ys, after, got = run(
+            sources, masks, [v.value for v in variables], [jnp.asarray(request.calls[i].dy) for i in asked]
+        )
+        for variable, value in zip(variables, after, strict=True):
+            variable.assign(value)
+    calls = [
+        CallOutcome(
+            np.asarray(y),
+            dx=np.asarray(got["x"][i]) if i in asked else None,
+            dweights=np.asarray(got["w"][i]) if i in asked and i in real else None,
+        )
+        for i, y in enumerate(ys)
+    ]
+    parameters = {n: np.asarray(gradient) for n, gradient in got["p"].items()} if asked else {}
+    return tuple(calls), parameters.get("gamma"), parameters.get("beta")
 
 
 def _check(weights: NDArray | None) -> None:
     """What the function cannot look at under the trace of a derivative."""
     if weights is not None and not bool(np.all((weights >= 0) & (weights < np.inf))):
         raise InputError("weights must be finite and not negative; mask what has none with 0.")
-
-
-def _numpy(array: Any) -> NDArray | None:
-    return None if array is None else np.asarray(array)

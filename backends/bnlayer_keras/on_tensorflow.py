@@ -48,14 +48,14 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
                 layer(x, training=request.training, weights=w, update_stats=request.update_stats)
                 for x, w in zip(xs, ws, strict=True)
             ]
-        asked = [i for i, call in enumerate(request.calls) if call.dy is not None]
-        sources = {"x": {i: xs[i] for i in asked}, "w": {i: w for i, w in real.items() if i in asked}, "p": parameters}
-        got: dict[str, dict[Any, Any]] = {"x": {}, "w": {}, "p": {}}
-        if asked:
+        dys = {i: tf.constant(call.dy) for i, call in enumerate(request.calls) if call.dy is not None}
+        sources = {"x": {i: xs[i] for i in dys}, "w": {i: w for i, w in real.items() if i in dys}, "p": parameters}
+        got: Any = {"x": {}, "w": {}, "p": {}}
+        if dys:
             got = tape.gradient(
-                [ys[i] for i in asked],
+                [ys[i] for i in dys],
                 sources,
-                output_gradients=[tf.constant(request.calls[i].dy) for i in asked],
+                output_gradients=list(dys.values()),
                 unconnected_gradients=tf.UnconnectedGradients.ZERO,
             )
     calls = [

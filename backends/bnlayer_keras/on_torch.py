@@ -9,12 +9,25 @@ import keras
 import numpy as np
 import torch
 
+import bnlayer_torch
 from bnlayer.contract import CallOutcome, NDArray, Request
 from bnlayer.errors import UnsupportedError
-from bnlayer.state import numpy_dtype
-from bnlayer_torch import batch_norm
+from bnlayer.spec import BatchNormSpec
+from bnlayer.state import BatchNormState, numpy_dtype
 
 __all__ = ["batch_norm", "counter_dtype", "device", "precision", "step"]
+
+
+def batch_norm(x: Any, state: BatchNormState[Any], spec: BatchNormSpec, **keywords: Any) -> tuple[Any, Any]:
+    """See `runtime.Runtime`.
+
+    Keras assigns in place, and a backward pass that is still to come needs the statistics that its forward pass saw.
+    """
+    seen = state
+    if state.moving_mean is not None and torch.is_grad_enabled():
+        seen = state.replace(moving_mean=state.moving_mean.clone(), moving_variance=state.moving_variance.clone())
+    y, after = bnlayer_torch.batch_norm(x, seen, spec, **keywords)
+    return y, state if after is seen else after
 
 
 def counter_dtype() -> str:
@@ -31,10 +44,11 @@ def device(name: str) -> str:
     """See `runtime.Runtime`."""
     wanted = name.lower().replace("gpu", "cuda")
     try:
-        torch.empty(0, device=wanted)
+        placed = torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
         raise UnsupportedError(f"Keras on PyTorch has no device {name!r} ({error}).") from error
-    return wanted
+    # As torch itself says it: where the names differ, as "cpu:0" and "cpu" do, Keras loses its parameters in a copy.
+    return str(placed.device)
 
 
 def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
@@ -53,16 +67,16 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
         layer(x, training=request.training, weights=w, update_stats=request.update_stats)
         for x, w in zip(xs, ws, strict=True)
     ]
-    asked = [i for i, call in enumerate(request.calls) if call.dy is not None]
-    sources = {("x", i): xs[i] for i in asked}
-    sources |= {("w", i): w for i, w in real.items() if i in asked}
+    dys = {i: tensor(call.dy) for i, call in enumerate(request.calls) if call.dy is not None}
+    sources: dict[tuple[str, Any], torch.Tensor] = {("x", i): xs[i] for i in dys}
+    sources |= {("w", i): w for i, w in real.items() if i in dys}
     sources |= {("p", n): p for n, p in parameters.items() if p.requires_grad}
     got: dict[tuple[str, Any], NDArray] = {}
-    if asked:
+    if dys:
         gradients = torch.autograd.grad(
-            [ys[i] for i in asked],
+            [ys[i] for i in dys],
             list(sources.values()),
-            [tensor(request.calls[i].dy).to(ys[i].dtype) for i in asked],  # type: ignore[arg-type]
+            list(dys.values()),
             materialize_grads=True,
         )
         got = {key: _numpy(gradient) for key, gradient in zip(sources, gradients, strict=True)}

@@ -26,18 +26,23 @@ class Runtime(Protocol):
 
     def batch_norm(self, x: Any, state: Any, spec: Any, **keywords: Any) -> tuple[Any, Any]:
         """The function of the backend for this framework."""
+        ...
 
     def counter_dtype(self) -> str:
         """Of the update counter: int64, or int32 where the framework has no other."""
+        ...
 
     def precision(self, dtypes: set[str]) -> AbstractContextManager[Any]:
         """Within it arrays of these dtypes are what they say."""
+        ...
 
     def device(self, name: str) -> str:
         """The device in Keras's words, such as "cpu:0"; refused if it is absent."""
+        ...
 
     def step(self, layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
         """One step through the framework's own autodiff: the calls' outcomes, dgamma and dbeta."""
+        ...
 
 
 def load_keras() -> Any:

@@ -14,7 +14,7 @@ from .function import batch_norm
 from .support import MISSING
 
 
-class BatchNorm(tf.Module):  # type: ignore[misc]  # TensorFlow ships no types
+class BatchNorm(tf.Module):
     """Batch normalization that keeps its own state.
 
         layer = BatchNorm(BatchNormSpec(3))

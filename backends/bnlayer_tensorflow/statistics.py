@@ -113,8 +113,7 @@ def _mean_over(x: tf.Tensor, plan: CallPlan, count: Any, weights: Weights | None
 def _freedom(plan: CallPlan, count: Any, weights: Weights | None) -> tuple[tf.Tensor, tf.Tensor | None]:
     """1 - Q/W^2 = 1 - 1/n, exactly 0 at n = 1 (and where there is nothing), and whether there is anything."""
     if weights is not None:
-        freedom = 1.0 - tf.stop_gradient(weights.concentration)
-        return tf.where(tf.math.logical_not(weights.any) | weights.single, tf.zeros_like(freedom), freedom), weights.any
+        return weights.freedom, weights.any
     n = tf.cast(count, tf.float64)
     present = None if plan.count is not None else n > 0
     return 1.0 - 1.0 / tf.maximum(n, 1.0), present

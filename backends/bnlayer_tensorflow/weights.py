@@ -19,15 +19,13 @@ class Weights:
         positive: whether a position has weight, broadcastable to x.
         proportions: w/W, so that they sum to 1 over all positions of a channel; all 0 where W is 0.
         any: whether W > 0, a scalar.
-        concentration: Q/W^2, that is 1/n, a scalar.
-        single: whether exactly one position of a channel has weight, so that n is 1 without a rounding.
+        freedom: 1 - Q/W^2, that is 1 - 1/n, a scalar without gradient; exactly 0 where a single position has weight.
     """
 
     positive: tf.Tensor
     proportions: tf.Tensor
     any: tf.Tensor
-    concentration: tf.Tensor
-    single: tf.Tensor
+    freedom: tf.Tensor
 
 
 def read_weights(weights: tf.Tensor, plan: CallPlan, count: Any) -> Weights:
@@ -53,17 +51,30 @@ def read_weights(weights: tf.Tensor, plan: CallPlan, count: Any) -> Weights:
     # Relative to the largest, neither the total nor the squares can overflow or vanish.
     relative = values / tf.where(has_weight, largest, tf.ones_like(largest))
     size = tf.size(values, tf.int64)
-    spread = tf.cast(count, tf.int64) // tf.maximum(size, 1)  # positions of x that one weight stands for
-    total = tf.reduce_sum(relative) * tf.cast(spread, tf.float64)
+    # How many positions of x one weight stands for; nothing comes of an empty batch, but no division by 0 either.
+    spread = tf.cast(tf.maximum(tf.cast(count, tf.int64) // tf.maximum(size, 1), 1), tf.float64)
+    total = tf.reduce_sum(relative) * spread
     proportions = relative / tf.where(has_weight, total, tf.ones_like(total))
-    positive = values > 0
     return Weights(
-        positive=positive,
+        positive=values > 0,
         proportions=proportions,
         any=has_weight,
-        concentration=tf.reduce_sum(tf.square(proportions)) * tf.cast(spread, tf.float64),
-        single=tf.equal(tf.math.count_nonzero(positive) * spread, 1),
+        freedom=_freedom(tf.stop_gradient(relative), spread),
     )
+
+
+def _freedom(relative: tf.Tensor, spread: tf.Tensor) -> tf.Tensor:
+    """1 - Q/W^2 for weights whose largest is 1, each of which stands for `spread` positions.
+
+    With one position of largest weight set aside, W = 1 + R and W^2 - Q = 2 R + R^2 - Q_R, whose terms do not cancel:
+    1 - Q/W^2 itself would round to 0 under one dominant weight, and the unbiased variance to infinity.
+    """
+    flat = tf.reshape(relative, [-1])
+    first = tf.argmax(tf.concat([flat, tf.zeros(1, tf.float64)], 0))  # of an empty one there is no argmax
+    others = tf.where(tf.equal(tf.range(tf.size(flat, tf.int64)), first), tf.zeros_like(flat), flat)
+    rest = tf.reduce_sum(others) * spread + (spread - 1.0)
+    squares = tf.reduce_sum(tf.square(others)) * spread + (spread - 1.0)
+    return (2.0 * rest + (tf.square(rest) - squares)) / tf.square(1.0 + rest)
 
 
 def _aligned(weights: tf.Tensor, plan: CallPlan) -> tf.Tensor:
