@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.core import Tracer
 
@@ -46,7 +45,7 @@ def check_values(weights: Any) -> None:
     values = np.asarray(weights)
     # What JAX will hold: without x64 a large float64 would become infinite on the way.
     held = jax.dtypes.canonicalize_dtype(dtype)
-    limit = float(ml_dtypes.finfo(held).max) if jnp.issubdtype(held, jnp.floating) else np.inf
+    limit = float(jnp.finfo(held).max) if jnp.issubdtype(held, jnp.floating) else np.inf  # type: ignore[no-untyped-call]
     wrong = ~((values >= 0) & (values <= limit))
     if bool(wrong.any()):
         raise InputError(f"weights must be not negative and finite in {held}; got {values[wrong][0]}.")
@@ -73,14 +72,26 @@ def related(weights: jax.Array, plan: CallPlan) -> Weights:
     some = ~(largest <= 0)  # NaN counts as some, so that it reaches the statistics
     # Relative to the largest, neither the total nor the squares can overflow or vanish; the ratio w/W does not
     # depend on it, so it needs no gradient.
-    relative = values / jnp.where(some, largest, 1)
-    proportions = relative / jnp.where(some, jnp.sum(relative) * spread, 1)
+    relative = _quotient(values, jnp.where(some, largest, 1))
+    proportions = _quotient(relative, jnp.where(some, jnp.sum(relative) * spread, 1))
     return Weights(
         positive=values > 0,
         proportions=proportions.astype(arithmetic),
         some=some,
         spread_out=_spread_out(jax.lax.stop_gradient(relative), spread).astype(arithmetic),
     )
+
+
+def _quotient(values: jax.Array, scalar: jax.Array) -> jax.Array:
+    """values / scalar, correctly rounded, so that a / a is 1 for every a.
+
+    XLA multiplies by the reciprocal where it sees one divisor for all: of 1e38 that is 0, and of others it makes a / a
+    differ from 1. The barrier hides that the divisors are one; it passes gradients of every order.
+    """
+    divisors: jax.Array = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+        jnp.broadcast_to(scalar, values.shape)
+    )
+    return values / divisors
 
 
 def _spread_out(relative: jax.Array, spread: int) -> jax.Array:

@@ -76,7 +76,7 @@ def test_weights_that_float32_cannot_hold_are_refused(wrong: float) -> None:
         BatchNorm(BatchNormSpec(3))(jnp.ones((2, 3)), training=True, weights=np.array([1.0, wrong]))
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e36])
+@pytest.mark.parametrize("scale", [1e-36, 1e36, 1.5e38])
 def test_weights_of_any_size_give_the_same(scale: float) -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
     layer = BatchNorm(BatchNormSpec(3, moving_variance_estimator="unbiased"))
@@ -85,6 +85,18 @@ def test_weights_of_any_size_give_the_same(scale: float) -> None:
     want = layer(x, training=True, weights=weights)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_single_weight_of_any_size_leaves_no_variance(seed: int) -> None:
+    x = np.random.default_rng([22, seed]).normal(1e3, 1.0, (4, 3)).astype(np.float32)
+    weights = np.zeros(4, np.float32)
+    weights[2] = np.random.default_rng([23, seed]).uniform(0.1, 1.0)
+    _, after = jax.jit(lambda layer, w: layer(x, training=True, weights=w))(
+        BatchNorm(BatchNormSpec(3, decay=0.0)), weights
+    )
+    np.testing.assert_array_equal(after.state.moving_mean, x[2])
+    np.testing.assert_array_equal(after.state.moving_variance, 0.0)
 
 
 def test_a_huge_value_under_a_mask_is_without_effect() -> None:
