@@ -17,8 +17,7 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
 # Frameworks that want a process of their own: they fight over threads, memory and what they patch.
-ALONE = ("torch", "tensorflow", "jax")
-KERAS_RUNS_ON = ("tensorflow", "jax", "torch")
+ALONE = ("torch", "tensorflow", "jax", "keras")
 # What each backend is tested with in an environment that has nothing else; Keras on the smallest of its frameworks.
 NEEDS = {
     "numpy": (),
@@ -38,14 +37,12 @@ def tests(session: nox.Session) -> None:
     """Everything: checks, tests and conformance with all frameworks in one environment, then the session `base`."""
     session.notify("base")
     install_everything(session)
-    shared = [folder for folder in test_folders() if folder.name not in (*ALONE, "keras")]
-    commands = [(ENVIRONMENT, ["pytest", *map(str, shared)])]
-    commands += [(ENVIRONMENT, ["pytest", str(folder)]) for folder in test_folders() if folder.name in ALONE]
-    for framework in KERAS_RUNS_ON:
-        on = {**ENVIRONMENT, "KERAS_BACKEND": framework}
-        commands += [(on, ["pytest", str(folder)]) for folder in test_folders() if folder.name == "keras"]
+    folders = test_folders()
+    together = [str(folder) for folder in folders if folder.name not in ALONE]
+    commands = [(ENVIRONMENT, ["pytest", *together])]
+    commands += [(ENVIRONMENT, ["pytest", str(folder)]) for folder in folders if folder.name in ALONE]
     commands.append((ENVIRONMENT, ["bnlayer", "conform"]))
-    for framework in KERAS_RUNS_ON[1:]:  # the first one ran just above
+    for framework in ("jax", "torch"):  # Keras takes TensorFlow above, and one framework per process
         commands.append(({**ENVIRONMENT, "KERAS_BACKEND": framework}, ["bnlayer", "conform", "--backend", "keras"]))
     run_all(session, CHECKS + commands)
 
