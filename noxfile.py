@@ -41,8 +41,8 @@ def tests(session: nox.Session) -> None:
     together = [str(folder) for folder in folders if folder.name not in ALONE]
     commands = [(ENVIRONMENT, ["pytest", *together])]
     commands += [(ENVIRONMENT, ["pytest", str(folder)]) for folder in folders if folder.name in ALONE]
-    commands.append((ENVIRONMENT, ["bnlayer", "conform"]))
-    for framework in ("jax", "torch"):  # Keras takes TensorFlow above, and one framework per process
+    commands.append(({**ENVIRONMENT, "KERAS_BACKEND": "tensorflow"}, ["bnlayer", "conform"]))
+    for framework in ("jax", "torch"):  # Keras runs on one framework per process
         commands.append(({**ENVIRONMENT, "KERAS_BACKEND": framework}, ["bnlayer", "conform", "--backend", "keras"]))
     run_all(session, CHECKS + commands)
 
