@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from .runner import Result, Target
     from .vector import Vector
 
+_PIPED_WIDTH: Final = 240
 
-@click.command("conform")
+
+@click.command("conform", epilog="\b\nExample:\n  bnlayer conform")
 @click.option("--backend", "names", multiple=True, metavar="NAME",
               help="A target: a registered name, or package.module:ATTRIBUTE. May be repeated.")  # fmt: skip
 @click.option("--native", is_flag=True, help="Add the frameworks' own layers.")
@@ -48,9 +51,12 @@ def command(names: tuple[str, ...], native: bool, device: str | None, pattern: s
 
     from . import report
 
-    console = Console(stderr=False)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise click.BadParameter(f"{json_file}: there is no such folder; create it first.", param_hint="--json")
+    vectors, checks = _chosen(pattern)  # before the frameworks are imported, which takes long
     targets = _targets(names, native)
-    vectors, checks = _chosen(pattern)
+    # What is no terminal has no width: a table in a file or a pipe is as wide as its targets need.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH)
     results: list[Result] = []
     for target in targets:
         if target.ready:

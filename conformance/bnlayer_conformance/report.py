@@ -74,10 +74,10 @@ def summary(targets: Sequence[Target], results: Sequence[Result]) -> str:
 
 def _table(targets: Sequence[Target], results: Sequence[Result]) -> Table:
     table = Table(title=f"Batch norm conformance, suite {SUITE}", title_justify="left")
-    table.add_column("group")
-    table.add_column("vectors", justify="right")
+    table.add_column("group", overflow="fold")
+    table.add_column("vectors", justify="right", overflow="fold")
     for target in targets:
-        table.add_column(Text(f"{target.name}\n{target.version}"), justify="right")
+        table.add_column(Text(f"{target.name}\n{target.version}"), justify="right", overflow="fold")
     for group in dict.fromkeys(r.group for r in results):
         of_group = [r for r in results if r.group == group]
         cells = [_cell([r for r in of_group if r.target == t.name]) for t in targets]
