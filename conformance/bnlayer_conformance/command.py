@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,8 +14,6 @@ import click
 from bnlayer.errors import UnknownBackend
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .runner import Result, Target
     from .vector import Vector
 
@@ -46,7 +46,7 @@ def command(names: tuple[str, ...], native: bool, device: str | None, pattern: s
     \b
     Exit codes: 0 all passed (deviations that are listed, and what a backend says it lacks, included);
     1 a failure, an error, or a target asked for by name that is absent; 2 usage.
-    """  # noqa: D301
+    """
     from rich.console import Console
 
     from . import report
@@ -60,7 +60,7 @@ def command(names: tuple[str, ...], native: bool, device: str | None, pattern: s
     results: list[Result] = []
     for target in targets:
         if target.ready:
-            results += _run(console, target, vectors, checks, device)
+            results += _run(target, vectors, checks, device)
     report.show(console, targets, results)
     if json_file is not None:
         report.write_json(json_file, targets, results)
@@ -93,24 +93,37 @@ def _chosen(pattern: str) -> tuple[list[Vector], list[str]]:
     return vectors, checks
 
 
-def _run(console: Console, target: Target, vectors: list[Vector], checks: list[str], device: Any) -> list[Result]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+def _run(target: Target, vectors: list[Vector], checks: list[str], device: Any) -> list[Result]:
     from bnlayer.contract import NativeBackend
 
     from . import deviations, metamorphic, runner
 
     results: list[Result] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(target.name, total=len(vectors) + len(checks))
+    with _progress(target.name, len(vectors) + len(checks)) as advance:
         for result in runner.run(vectors, target, device):
             results.append(result)
-            progress.advance(task)
+            advance()
         for result in metamorphic.run(checks, target, device):
             results.append(result)
-            progress.advance(task)
+            advance()
     if isinstance(target.backend, NativeBackend):
         ran = [v.id for v in vectors] + checks
         results = deviations.apply(results, deviations.read(target.backend.deviations), ran)
     return results
+
+
+@contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr while a target runs; where stderr is no terminal, one line before it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        click.echo(f"{name}: {total} vectors and checks ...", err=True)
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda: progress.advance(task)
