@@ -97,18 +97,20 @@ def _normalized(
 
     wide = x.to(DTYPES[plan.arithmetic])
     sd = torch.sqrt(per_channel(variance) + epsilon)
+    factor = None if gamma is None else per_channel(gamma)
 
-    def scaled(values: Tensor) -> Tensor:
+    def scaled(values: Tensor, sd: Tensor, factor: Tensor | None) -> Tensor:
         normalized = (values - per_channel(mean)) / sd
-        return normalized if gamma is None else normalized * per_channel(gamma)
+        return normalized if factor is None else normalized * factor
 
     if w is None:
-        y = scaled(wide)
+        y = scaled(wide, sd, factor)
     else:
-        # A masked position may hold anything. What is not finite there shows in y, but takes no part in a gradient,
-        # where 0 times it would be NaN.
+        # A masked position may hold anything. What is not finite there shows in y, but takes no part in the gradients
+        # of gamma and the variance, where even a dy of 0 times it would be NaN.
         sound = w.positive | torch.isfinite(wide)
-        y = torch.where(sound, scaled(torch.where(sound, wide, 0.0)), scaled(wide).detach())
+        unsound = scaled(wide, sd.detach(), None if factor is None else factor.detach())
+        y = torch.where(sound, scaled(torch.where(sound, wide, 0.0), sd, factor), unsound)
     return (y if beta is None else y + per_channel(beta)).to(x.dtype)
 
 

@@ -2,6 +2,10 @@
 
 They normalize over axis 1, with gradients that are right to second order. In training they give the batch's mean and
 unbiased variance through the moving statistics: from zeros, with a momentum of 1.
+
+Four things that they do not do well enough are kept from them here (torch 2.13 on the CPU): long sums (`sums_drift`),
+tensors of more than one memory layout (`is_ambiguous`), the gradients of half inputs (`loses_gradients`), and a beta
+without a gamma, whose gradient they round to x's dtype.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ def from_batch(
         plan: of this call.
     """
     assert plan.count is not None and plan.count > 1
+    gamma, dtype = _paired(gamma, beta), x.dtype
+    if loses_gradients(x):
+        x = x.float()
     shift = None
     if sums_drift(x, plan.axis, plan.count):
         shift = x.detach().mean(plan.reduced, keepdim=True)
@@ -43,13 +50,11 @@ def from_batch(
     row = x.detach().movedim(plan.axis, -1)[(0,) * len(plan.reduced)]
     mean = torch.zeros_like(row, dtype=DTYPES[plan.arithmetic])
     unbiased = torch.zeros_like(mean)
-    y = _on_axis_1(
-        lambda x: torch.batch_norm(
-            x, gamma, beta, mean, unbiased, True, 1.0, epsilon, torch.backends.cudnn.enabled
-        ),
-        x,
-        plan.axis,
-    )  # fmt: skip
+
+    def kernel(x: Tensor) -> Tensor:
+        return torch.batch_norm(x, gamma, beta, mean, unbiased, True, 1.0, epsilon, torch.backends.cudnn.enabled)
+
+    y = _on_axis_1(kernel, x, plan.axis).to(dtype)
     variance = unbiased * ((plan.count - 1) / plan.count)
     return y, Moments(mean if shift is None else mean + shift.reshape(-1), variance, unbiased)
 
@@ -64,13 +69,12 @@ def from_moving(
     plan: CallPlan,
 ) -> Tensor:
     """y by given statistics; `mean`, `variance`, `gamma` and `beta` are of the plan's arithmetic."""
-    return _on_axis_1(
-        lambda x: torch.batch_norm(
-            x, gamma, beta, mean, variance, False, 0.0, epsilon, torch.backends.cudnn.enabled
-        ),
-        x,
-        plan.axis,
-    )  # fmt: skip
+    gamma, dtype = _paired(gamma, beta), x.dtype
+
+    def kernel(x: Tensor) -> Tensor:
+        return torch.batch_norm(x, gamma, beta, mean, variance, False, 0.0, epsilon, torch.backends.cudnn.enabled)
+
+    return _on_axis_1(kernel, x.float() if loses_gradients(x) else x, plan.axis).to(dtype)
 
 
 def sums_drift(x: Tensor, axis: int, count: int) -> bool:
@@ -85,13 +89,38 @@ def sums_drift(x: Tensor, axis: int, count: int) -> bool:
     return not in_double
 
 
+def is_ambiguous(x: Tensor) -> bool:
+    """Whether the kernel may take x and the gradient of y for differently laid out than they are.
+
+    With a length of 1 somewhere, rank 4 and 5 tensors can be contiguous and channels-last at once. The CPU's backward
+    kernel then may read one of the two in the other's order, and dx is wrong.
+    """
+    return x.dim() > 3 and 1 in x.shape
+
+
+def loses_gradients(x: Tensor) -> bool:
+    """Whether the kernel would round on the way to the gradients of a half x: the CPU's sums dy in x's dtype."""
+    return x.dtype in HALVES and x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+def _paired(gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
+    return torch.ones_like(beta) if gamma is None and beta is not None else gamma
+
+
 def _on_axis_1(kernel: Callable[[Tensor], Tensor], x: Tensor, axis: int) -> Tensor:
     """The kernel on x with its channel axis moved to 1, without copying x."""
-    if axis == 1:
+    if axis == 1 and not is_ambiguous(x):
         return kernel(x)
+    features = x.shape[axis]
     if x.is_contiguous():
         # The axes on either side of the channels are one axis each; with none behind, the kernel for rank 2 is faster.
         before, behind = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
-        merged = (before, x.shape[axis], behind) if behind > 1 else (before, x.shape[axis])
+        merged = (before, features, behind) if behind > 1 else (before, features)
         return kernel(x.reshape(merged)).reshape(x.shape)
-    return kernel(x.movedim(axis, 1)).movedim(1, axis)
+    outer = x.movedim(axis, 1)
+    if outer.is_contiguous():
+        return kernel(outer.flatten(2)).reshape(outer.shape).movedim(1, axis)
+    inner = x.movedim(axis, -1)
+    if inner.is_contiguous():
+        return kernel(inner.reshape(-1, features)).reshape(inner.shape).movedim(-1, axis)
+    return kernel(outer).movedim(1, axis)

@@ -21,7 +21,7 @@ from bnlayer.state import BatchNormState
 
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
-from .fused import sums_drift
+from .fused import is_ambiguous, loses_gradients, sums_drift
 from .support import MISSING
 
 
@@ -147,10 +147,14 @@ class Module(TorchBatchNorm):
             or stored in HALVES
             or len(shape) < 2
             or shape[1] != self.num_features
+            or is_ambiguous(x)
+            or loses_gradients(x)
         ):
             return False
         weight, bias = self.weight, self.bias
-        if (weight is not None and weight.dtype != stored) or (bias is not None and bias.dtype != stored):
+        if bias is not None and (weight is None or bias.dtype != stored):
+            return False
+        if weight is not None and weight.dtype != stored:
             return False
         count = x.numel() // self.num_features
         if not training:

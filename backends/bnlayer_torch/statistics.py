@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +44,8 @@ def batch_moments(x: Tensor, plan: CallPlan, weights: Weights | None) -> Moments
     c = mean(deviation)
     variance = mean(torch.square(deviation - c)).reshape(-1)
     if weights is not None:
-        unbiased = variance.detach() * weights.bessel
+        scaled = variance.detach() * weights.bessel
+        unbiased = torch.where(weights.bessel > 0, scaled, 0.0)  # not 0 times what may not be finite
     elif plan.count == 1:
         unbiased = torch.zeros_like(variance)
     else:
@@ -69,7 +69,7 @@ def updated(
     t = state.num_updates + 1
     mean, variance = batch.mean.detach(), batch.variance.detach()
     entering = batch.unbiased if spec.moving_variance_estimator == "unbiased" else variance
-    keep = None if entered is None else ~entered
+    keep: Tensor | None = None if entered is None else ~entered
     if spec.nonfinite == "keep":
         # The unbiased variance is derived from these two.
         lost = ~(torch.isfinite(mean) & torch.isfinite(variance))
@@ -77,13 +77,13 @@ def updated(
 
     def average(old: Tensor, new: Tensor) -> Tensor:
         wide = old.detach().to(torch.promote_types(old.dtype, new.dtype))
-        decay: Any = spec.decay
-        if decay == "cumulative":
+        decay: float | Tensor
+        if spec.decay == "cumulative":
             decay = 1.0 - 1.0 / (t.to(wide.dtype) if isinstance(t, Tensor) else t)
-        moved: Tensor = (decay * wide + (1.0 - decay) * new).to(old.dtype)
-        if keep is None:
-            return moved
-        return torch.where(keep, old.detach(), moved)
+        else:
+            decay = float(spec.decay)
+        moved = (decay * wide + (1.0 - decay) * new).to(old.dtype)
+        return moved if keep is None else torch.where(keep, old.detach(), moved)
 
     return state.replace(
         moving_mean=average(state.moving_mean, mean),
@@ -99,4 +99,5 @@ def _entering(deviation: Tensor, weights: Weights) -> Tensor:
     """
     if not weights.real:
         return weights.positive
-    return weights.positive | (deviation.detach().abs() < torch.finfo(deviation.dtype).max ** 0.5 / 2)
+    representable = torch.finfo(deviation.dtype).max ** 0.5 / 2
+    return torch.logical_or(weights.positive, deviation.detach().abs() < representable)
