@@ -46,7 +46,8 @@ class KerasBackend:
         start = BatchNormState.initial(spec) if state is None else state.checked(spec)
         layer = BatchNormalization(
             axis=spec.axis,
-            **({"cumulative": True} if spec.decay == "cumulative" else {"momentum": spec.decay}),
+            momentum=0.99 if spec.decay == "cumulative" else spec.decay,
+            cumulative=spec.decay == "cumulative",
             epsilon=spec.epsilon,
             center=spec.center,
             scale=spec.scale,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnlayer.call import plan_call, trains
 from bnlayer.errors import InputError, UnsupportedError
@@ -13,7 +13,10 @@ from bnlayer.state import BatchNormState, array_names, needs_counter
 from . import runtime
 from .support import MISSING
 
-keras = runtime.load_keras()
+if TYPE_CHECKING:
+    import keras
+else:
+    keras = runtime.load_keras()  # and not a bare import, which takes TensorFlow even where it is not installed
 
 # The keywords that keras.layers.BatchNormalization does not have, with what they are where nobody gives them.
 _EXTRAS: dict[str, Any] = {

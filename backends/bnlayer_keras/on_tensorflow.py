@@ -43,7 +43,7 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
         real = {i: w for i, w in enumerate(ws) if w is not None and w.dtype.is_floating}
         with tf.GradientTape() as tape:
             # Watched by hand, for a layer that is not trainable has parameters that the tape does not see.
-            tape.watch([xs, list(real.values()), list(parameters.values())])
+            tape.watch([[x for x in xs if x.dtype.is_floating], list(real.values()), list(parameters.values())])
             ys = [
                 layer(x, training=request.training, weights=w, update_stats=request.update_stats)
                 for x, w in zip(xs, ws, strict=True)

@@ -24,8 +24,8 @@ def batch_norm(x: Any, state: BatchNormState[Any], spec: BatchNormSpec, **keywor
     Keras assigns in place, and a backward pass that is still to come needs the statistics that its forward pass saw.
     """
     seen = state
-    if state.moving_mean is not None and torch.is_grad_enabled():
-        seen = state.replace(moving_mean=state.moving_mean.clone(), moving_variance=state.moving_variance.clone())
+    if spec.track_moving_stats and torch.is_grad_enabled():
+        seen = state.replace(**{name: getattr(state, name).clone() for name in ("moving_mean", "moving_variance")})
     y, after = bnlayer_torch.batch_norm(x, seen, spec, **keywords)
     return y, state if after is seen else after
 
@@ -59,9 +59,11 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
         placed: torch.Tensor = keras.ops.convert_to_tensor(array).to(home)
         return placed
 
-    xs = [tensor(call.x).requires_grad_() for call in request.calls]
+    xs = [tensor(call.x) for call in request.calls]
     ws = [None if call.weights is None else tensor(call.weights) for call in request.calls]
-    real = {i: w.requires_grad_() for i, w in enumerate(ws) if w is not None and w.is_floating_point()}
+    real = {i: w for i, w in enumerate(ws) if w is not None and w.is_floating_point()}
+    for leaf in (*xs, *real.values()):
+        leaf.requires_grad_(leaf.is_floating_point())  # another x is refused by the layer, in its own words
     parameters = {n: getattr(layer, n).value for n in ("gamma", "beta") if getattr(layer, n) is not None}
     ys = [
         layer(x, training=request.training, weights=w, update_stats=request.update_stats)

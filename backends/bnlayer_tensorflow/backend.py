@@ -60,7 +60,7 @@ class TensorFlowBackend:
             ws = [None if call.weights is None else tf.constant(call.weights) for call in request.calls]
             real = {i: w for i, w in enumerate(ws) if w is not None and w.dtype.is_floating}
             with tf.GradientTape() as tape:
-                tape.watch([xs, list(real.values())])
+                tape.watch([[x for x in xs if x.dtype.is_floating], list(real.values())])
                 ys = [
                     layer(x, training=request.training, weights=w, update_stats=request.update_stats)
                     for x, w in zip(xs, ws, strict=True)

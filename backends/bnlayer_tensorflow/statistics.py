@@ -6,7 +6,6 @@ variance, which only the first derivative does not notice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +53,24 @@ def batch_moments(
     def seen(values: tf.Tensor) -> tf.Tensor:
         return values if hidden is None else tf.where(hidden, tf.zeros_like(values), values)
 
-    mean = _mean_over(x, plan, count, weights)
+    n = tf.cast(tf.maximum(tf.cast(count, tf.int64), 1), x.dtype)
+    proportions = None if weights is None else tf.cast(weights.proportions, x.dtype)
+
+    def weighted(values: tf.Tensor) -> tf.Tensor:
+        return values if proportions is None else values * proportions
+
+    def mean(values: tf.Tensor) -> tf.Tensor:
+        total = tf.reduce_sum(values, plan.reduced, keepdims=True)
+        return total if weights is not None else total / n
+
     # The result does not depend on the shift, so the gradient through the rest is exact to every order. Around the
     # shift the variance keeps its digits however far x is from 0, and a constant channel gets none.
-    shift = tf.stop_gradient(mean(seen(x)))
+    shift = tf.stop_gradient(mean(weighted(seen(x))))
     centered = seen(x - shift)
-    rest = mean(centered)
-    variance = mean(tf.square(centered - rest))
+    rest = mean(weighted(centered))
+    deviation = centered - rest
+    # Weighted before it is squared: under a mask the square may overflow, and 0 times that is NaN.
+    variance = mean(weighted(deviation) * deviation)
     freedom, present = _freedom(plan, count, weights)
     none_left = freedom <= 0
     corrected = tf.stop_gradient(variance) / tf.cast(tf.where(none_left, tf.ones_like(freedom), freedom), x.dtype)
@@ -99,15 +109,6 @@ def updated(
         moving_variance=average("moving_variance", batch.unbiased if unbiased else variance),
         num_updates=counter + tf.cast(moved, tf.int64),
     )
-
-
-def _mean_over(x: tf.Tensor, plan: CallPlan, count: Any, weights: Weights | None) -> Callable[[tf.Tensor], tf.Tensor]:
-    """The mean over the reduced axes; 0 where there is nothing."""
-    if weights is None:
-        n = tf.cast(tf.maximum(tf.cast(count, tf.int64), 1), x.dtype)
-        return lambda values: tf.reduce_sum(values, plan.reduced, keepdims=True) / n
-    proportions = tf.cast(weights.proportions, x.dtype)
-    return lambda values: tf.reduce_sum(values * proportions, plan.reduced, keepdims=True)
 
 
 def _freedom(plan: CallPlan, count: Any, weights: Weights | None) -> tuple[tf.Tensor, tf.Tensor | None]:

@@ -287,3 +287,12 @@ def test_refuses_inputs_that_do_not_fit():
             batch_norm(x, state, spec, training=True)
     with pytest.raises(InputError, match="real or boolean"):
         batch_norm(np.ones((4, 3), "f4"), state, spec, training=True, weights=np.ones(4, "c8"))
+
+
+def test_a_square_that_overflows_under_a_mask():
+    rng = np.random.default_rng(12)
+    x, dy = rng.normal(size=(2, 6, 3)).astype("f4")
+    mask = np.arange(6) != 4
+    x[4], dy[4] = 1e30, 0
+    ours, theirs = both(BatchNormSpec(3), None, Request((Call(x, dy=dy, weights=mask),), training=True))
+    same(ours, theirs, 1e-5)
