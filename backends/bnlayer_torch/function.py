@@ -64,11 +64,13 @@ def batch_norm(
         mean, variance = _moving(state, plan, x.device)
         if fits:
             return fused.from_moving(x, gamma, beta, mean, variance, spec.epsilon, plan), state
-        return _normalized(x, gamma, beta, mean, variance, spec.epsilon, plan, w), state
+        y = _normalized(x.to(arithmetic), gamma, beta, mean, variance, spec.epsilon, plan, w)
+        return y.to(x.dtype), state
     if fits and plan.count != 1:
         y, batch = fused.from_batch(x, gamma, beta, spec.epsilon, plan)
         return y, updated(state, batch, spec) if plan.update else state
-    batch = batch_moments(x.to(arithmetic), plan, w)
+    wide = x.to(arithmetic)  # once, so that a half x's gradients add up in float32
+    batch = batch_moments(wide, plan, w)
     mean, variance, entered = batch.mean, batch.variance, None
     if w is not None:
         # Without a single weighted element there are no batch statistics: y comes by the eval formula.
@@ -76,7 +78,7 @@ def batch_norm(
         mean = torch.where(w.present, mean, moving_mean)
         variance = torch.where(w.present, variance, moving_variance)
         entered = w.present
-    y = _normalized(x, gamma, beta, mean, variance, spec.epsilon, plan, w)
+    y = _normalized(wide, gamma, beta, mean, variance, spec.epsilon, plan, w).to(x.dtype)
     return y, updated(state, batch, spec, entered) if plan.update else state
 
 
@@ -90,12 +92,11 @@ def _normalized(
     plan: CallPlan,
     w: Weights | None = None,
 ) -> Tensor:
-    """gamma (x - mean) / sqrt(variance + epsilon) + beta, at every position."""
+    """gamma (x - mean) / sqrt(variance + epsilon) + beta, at every position; all of the plan's arithmetic."""
 
     def per_channel(values: Tensor) -> Tensor:
         return values.reshape(plan.channel_shape)
 
-    wide = x.to(DTYPES[plan.arithmetic])
     sd = torch.sqrt(per_channel(variance) + epsilon)
     factor = None if gamma is None else per_channel(gamma)
 
@@ -104,14 +105,14 @@ def _normalized(
         return normalized if factor is None else normalized * factor
 
     if w is None:
-        y = scaled(wide, sd, factor)
+        y = scaled(x, sd, factor)
     else:
         # A masked position may hold anything. What is not finite there shows in y, but takes no part in the gradients
         # of gamma and the variance, where even a dy of 0 times it would be NaN.
-        sound = w.positive | torch.isfinite(wide)
-        unsound = scaled(wide, sd.detach(), None if factor is None else factor.detach())
-        y = torch.where(sound, scaled(torch.where(sound, wide, 0.0), sd, factor), unsound)
-    return (y if beta is None else y + per_channel(beta)).to(x.dtype)
+        sound = w.positive | torch.isfinite(x)
+        unsound = scaled(x, sd.detach(), None if factor is None else factor.detach())
+        y = torch.where(sound, scaled(torch.where(sound, x, 0.0), sd, factor), unsound)
+    return y if beta is None else y + per_channel(beta)
 
 
 def _moving(state: BatchNormState[Tensor], plan: CallPlan, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -122,8 +122,10 @@ class Module(TorchBatchNorm):
         """
         self._check_input_dim(input)
         training = self.training and not self.frozen_statistics
-        if weights is None and update_stats and self._is_plain(input, training):
-            return self._plain(input, training)
+        if weights is None and update_stats:
+            y = self._fused(input, training)
+            if y is not None:
+                return y
         spec = self.spec
         training = trains(spec, self.training, self.frozen_statistics)
         before = self._state(spec, copied=not training and torch.is_grad_enabled())
@@ -132,57 +134,56 @@ class Module(TorchBatchNorm):
             self._keep(after)
         return y
 
-    def _is_plain(self, x: Tensor, training: bool) -> bool:
-        """Whether torch's kernel does all that this call asks for, on the module's own tensors.
+    def _fused(self, x: Tensor, training: bool) -> Tensor | None:
+        """y from torch's kernel on the module's own tensors, where that is all there is to do; else None.
 
-        Never True for what has to be refused: `batch_norm` says what is wrong with it.
+        Always None for what has to be refused: `batch_norm` says what is wrong with it. A module's tensors are slow to
+        look up, so each is looked up once.
         """
         mean, eps = self.running_mean, self.eps
         if mean is None or not self.track_running_stats or self.axis != 1 or not isinstance(eps, float):
-            return False
-        stored, shape = mean.dtype, x.shape
+            return None
+        stored, given, shape = mean.dtype, x.dtype, x.shape
         if (
             not 0.0 < eps < torch.inf
-            or (x.dtype != stored and not (stored is torch.float32 and x.dtype in HALVES))
             or stored in HALVES
+            or (given is not stored and not (stored is torch.float32 and given in HALVES))
             or len(shape) < 2
             or shape[1] != self.num_features
             or is_ambiguous(x)
             or loses_gradients(x)
         ):
-            return False
-        weight, bias = self.weight, self.bias
-        if bias is not None and (weight is None or bias.dtype != stored):
-            return False
-        if weight is not None and weight.dtype != stored:
-            return False
+            return None
+        weight, bias, variance, factor = self.weight, self.bias, self.running_var, 0.0
+        if bias is not None and (weight is None or bias.dtype is not stored):
+            return None
+        if weight is not None and weight.dtype is not stored:
+            return None
+        assert variance is not None
         count = x.numel() // self.num_features
-        if not training:
-            return count > 0
-        momentum = self.momentum
-        return (
-            count > 1
-            and isinstance(momentum, float)
-            and 0.0 <= momentum <= 1.0
-            and self.moving_variance_estimator == "unbiased"
-            and self.nonfinite == "propagate"
-            and not sums_drift(x, 1, count)
-        )
-
-    def _plain(self, x: Tensor, training: bool) -> Tensor:
-        mean, variance, momentum = self.running_mean, self.running_var, self.momentum or 0.0
-        assert mean is not None and variance is not None
         if training:
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
+            momentum, counter = self.momentum, self.num_batches_tracked
+            if (
+                count < 2
+                or not isinstance(momentum, float)
+                or not 0.0 <= momentum <= 1.0
+                or counter is None
+                or self.moving_variance_estimator != "unbiased"
+                or self.nonfinite != "propagate"
+                or sums_drift(x, 1, count)
+            ):
+                return None
+            counter.add_(1)
             # The kernel keeps what it is given for the backward pass, which in training makes no use of it. By another
             # handle on the same memory a later change of the statistics does not look like damage to that pass.
-            mean, variance = mean.data, variance.data
+            mean, variance, factor = mean.data, variance.data, momentum
+        elif count == 0:
+            return None
         elif torch.is_grad_enabled():
             # Here the backward pass does use them, and a later training call changes them in place.
             mean, variance = mean.clone(), variance.clone()
         return torch.batch_norm(
-            x, self.weight, self.bias, mean, variance, training, momentum, self.eps, torch.backends.cudnn.enabled
+            x, weight, bias, mean, variance, training, factor, eps, torch.backends.cudnn.enabled
         )  # fmt: skip
 
     def _state(self, spec: BatchNormSpec, *, copied: bool = False) -> BatchNormState[Tensor]:

@@ -29,7 +29,11 @@ _PIPED_WIDTH: Final = 240
               help='Only vectors (and checks) whose id matches, such as "weights/*".')  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write every result to a file.")  # fmt: skip
-def command(names: tuple[str, ...], native: bool, device: str | None, pattern: str, json_file: Path | None) -> None:
+@click.option("--svg", "svg_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Write the table as a picture.")  # fmt: skip
+def command(
+    names: tuple[str, ...], native: bool, device: str | None, pattern: str, json_file: Path | None, svg_file: Path | None
+) -> None:
     """Run one set of vectors against batch norms in any framework.
 
     Without --backend: every backend of bnlayer whose framework is installed; the others are listed with their install
@@ -51,8 +55,9 @@ def command(names: tuple[str, ...], native: bool, device: str | None, pattern: s
 
     from . import report
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise click.BadParameter(f"{json_file}: there is no such folder; create it first.", param_hint="--json")
+    for option, file in (("--json", json_file), ("--svg", svg_file)):
+        if file is not None and not file.parent.is_dir():
+            raise click.BadParameter(f"{file}: there is no such folder; create it first.", param_hint=option)
     vectors, checks = _chosen(pattern)  # before the frameworks are imported, which takes long
     targets = _targets(names, native)
     # What is no terminal has no width: a table in a file or a pipe is as wide as its targets need.
@@ -64,6 +69,8 @@ def command(names: tuple[str, ...], native: bool, device: str | None, pattern: s
     report.show(console, targets, results)
     if json_file is not None:
         report.write_json(json_file, targets, results)
+    if svg_file is not None:
+        report.write_svg(svg_file, targets, results)
     failed = any(r.status in ("fail", "error") for r in results)
     asked_but_absent = bool(names) and any(not t.ready for t in targets if t.name in names)
     sys.exit(1 if failed or asked_but_absent or not any(t.ready for t in targets) else 0)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
+from io import StringIO
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.terminal_theme import DIMMED_MONOKAI
 from rich.text import Text
 
 from . import SUITE
@@ -48,6 +51,16 @@ def document(targets: Sequence[Target], results: Sequence[Result]) -> dict[str, 
 def write_json(path: Path, targets: Sequence[Target], results: Sequence[Result]) -> None:
     """Write `document` to a file."""
     path.write_text(json.dumps(document(targets, results), indent=1, allow_nan=False) + "\n", "utf-8")
+
+
+def write_svg(path: Path, targets: Sequence[Target], results: Sequence[Result]) -> None:
+    """Write the table of the targets that ran as an SVG picture, which needs no font from elsewhere."""
+    ready = [t for t in targets if t.ready]
+    console = Console(record=True, file=StringIO(), width=34 + 13 * len(ready), color_system="truecolor", force_terminal=True)
+    console.print(_table(ready, results))
+    console.print(summary(ready, results), highlight=False)
+    picture = console.export_svg(title="bnlayer conform", theme=DIMMED_MONOKAI)
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL), "utf-8")
 
 
 def show(console: Console, targets: Sequence[Target], results: Sequence[Result]) -> None:
