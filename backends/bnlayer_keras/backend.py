@@ -117,7 +117,7 @@ def _assign(layer: BatchNormalization, spec: BatchNormSpec, state: BatchNormStat
 
 
 def _numpy(variable: Any) -> NDArray:
-    return np.asarray(runtime.load_keras().ops.convert_to_numpy(variable))
+    return np.asarray(runtime.load_keras().ops.convert_to_numpy(variable.value))
 
 
 BACKEND = KerasBackend()
