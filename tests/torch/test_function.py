@@ -193,6 +193,17 @@ def test_half_inputs_get_parameter_gradients_in_float32(
     torch.testing.assert_close(dbeta, dy.double().sum(dims).float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_of_a_half_input_is_rounded_once(dtype: Any) -> None:
+    spec, weights = BatchNormSpec(3, axis=1), torch.arange(16.0)
+    x, dy = normal(16, 3, dtype=dtype), normal(16, 3, seed=8, dtype=dtype)
+    grads = []
+    for given in (x.requires_grad_(), x.detach().float().requires_grad_()):
+        y, _ = batch_norm(given, state_of(spec, torch.float32), spec, training=True, weights=weights)
+        grads.append(torch.autograd.grad(y, given, dy.to(y.dtype))[0])
+    assert torch.equal(grads[0], grads[1].to(dtype))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_memory_format_comes_out_as_it_went_in(memory_format: Any) -> None:
     x = normal(40, 3, 4, 4, dtype=torch.float32).contiguous(memory_format=memory_format)
