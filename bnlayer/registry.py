@@ -61,8 +61,8 @@ def owner(layer: Layer) -> Backend:
         for name in known(group):
             try:
                 candidate = _load(group, name)
-            except BackendUnavailable:
-                continue  # a backend that cannot be imported has built no layer in this process
+            except (BackendUnavailable, UnknownBackend):
+                continue  # what cannot be loaded has built no layer in this process
             if candidate.owns(layer):
                 return candidate
     raise UnknownBackend(
@@ -114,9 +114,11 @@ _named = backend  # `build` has a parameter of that name
 def _load(group: str, name: str) -> Backend:
     entry = known(group)[name]
     try:
-        return _checked(entry.load(), entry.value)
-    except (ImportError, AttributeError) as error:
-        raise BackendUnavailable(f"backend {name!r} ({entry.value}) cannot be imported: {error}.") from error
+        found = entry.load()
+    except Exception as error:  # a stranger's module may raise anything while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise BackendUnavailable(f"backend {name!r} ({entry.value}) cannot be imported ({reason}).") from error
+    return _checked(found, entry.value)
 
 
 def _at(path: str) -> Backend:

@@ -32,7 +32,12 @@ _PIPED_WIDTH: Final = 240
 @click.option("--svg", "svg_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write the table as a picture.")  # fmt: skip
 def command(
-    names: tuple[str, ...], native: bool, device: str | None, pattern: str, json_file: Path | None, svg_file: Path | None
+    names: tuple[str, ...],
+    native: bool,
+    device: str | None,
+    pattern: str,
+    json_file: Path | None,
+    svg_file: Path | None,
 ) -> None:
     """Run one set of vectors against batch norms in any framework.
 

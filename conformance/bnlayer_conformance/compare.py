@@ -81,7 +81,9 @@ def _elements(observable: str, got: np.ndarray[Any, Any], want: Expected) -> Fin
         error = np.where(np.isfinite(values), np.abs(got - values), 0.0)
         ratio = np.where(error == 0.0, 0.0, error / tolerance)  # a tolerance of 0 asks for the exact value
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
-    reason = "" if ratio[place] <= 1 else f"element {_shown(place)}: {values[place]:.9g} was expected, got {got[place]:.9g}"
+    reason = (
+        "" if ratio[place] <= 1 else f"element {_shown(place)}: {values[place]:.9g} was expected, got {got[place]:.9g}"
+    )
     return Finding(observable, float(ratio[place]), float(error[place]), float(tolerance[place]), reason)
 
 

@@ -51,7 +51,9 @@ def read(path: Path) -> list[Deviation]:
             continue
         parts = [part.strip() for part in text.split("|")]
         if len(parts) != 4 or not all(parts):
-            raise FileError(f"{path.name}, line {number}: expected GLOB | OBSERVABLE | REASON | REFERENCE; got {text!r}.")
+            raise FileError(
+                f"{path.name}, line {number}: expected GLOB | OBSERVABLE | REASON | REFERENCE; got {text!r}."
+            )
         found.append(Deviation(*parts))
     return found
 

@@ -18,7 +18,7 @@ from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
 from . import bounds
-from .compare import Finding, compare, worst
+from .compare import Finding, compare, compare_counter, worst
 from .runner import Result, Target
 from .vector import Expected
 
@@ -50,10 +50,11 @@ class Bench:
         weights = changes.pop("weights", None)
         x = self.x if x is None else x
         call = Call(x, dy=self.dy if dy is None else dy, weights=weights)
-        layer = self.backend.build(spec, state, device=self.device)
+        layer, outcomes = self.backend.build(spec, state, device=self.device), []
         for training in changes.pop("modes", (True,)):
             layer, outcome = self.backend.step(layer, Request((call,), training=training, **changes))
-        return outcome
+            outcomes.append(outcome)
+        return outcomes[-1]
 
     def expect(self, name: str, values: NDArray, tolerance: NDArray) -> Expected:
         """What one side must be, given the other: twice the bound, as both sides round."""
@@ -200,6 +201,7 @@ def decay_one(bench: Bench) -> Iterator[Finding]:
     for name in ("moving_mean", "moving_variance"):
         want = getattr(state, name)
         yield compare(name, getattr(after, name), bench.expect(name, want, np.zeros(bench.channels)))
+    yield compare_counter(after.num_updates, 1)
 
 
 def decay_zero_then_eval(bench: Bench) -> Iterator[Finding]:

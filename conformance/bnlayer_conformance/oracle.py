@@ -70,6 +70,8 @@ class OneCall:
 
 @dataclass
 class CallResult:
+    """What must come out of one call, each with its allowed error; gradients only where dy was given."""
+
     y: Bounded
     dx: Bounded | None = None
     dgamma: Bounded | None = None

@@ -68,7 +68,7 @@ def device(request: pytest.FixtureRequest) -> str | None:
 
 
 def _names(config: pytest.Config) -> list[str]:
-    asked: list[str] = config.getoption("--backend")
+    asked: list[str] = config.getoption("--backend") or []
     ours = [name for name, entry in registry.known().items() if registry.is_ours(entry)]
     return list(dict.fromkeys(asked)) or ours
 

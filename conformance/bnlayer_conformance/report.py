@@ -17,10 +17,16 @@ from rich.terminal_theme import DIMMED_MONOKAI
 from rich.text import Text
 
 from . import SUITE
-from .runner import Result, Target
+from .runner import Result, Status, Target
 
-_STYLE = {"pass": "green", "fail": "bold red", "error": "bold red", "deviation": "yellow", "unsupported": "dim"}
-_SHORT = {"fail": "fail", "error": "error", "deviation": "deviate", "unsupported": "unsupp."}
+_STYLE: dict[Status, str] = {
+    "pass": "green",
+    "fail": "bold red",
+    "error": "bold red",
+    "deviation": "yellow",
+    "unsupported": "dim",
+}
+_BAD: dict[Status, str] = {"fail": "fail", "error": "error", "deviation": "deviate", "unsupported": "unsupp."}
 SHOWN_FAILURES = 40
 
 
@@ -56,7 +62,9 @@ def write_json(path: Path, targets: Sequence[Target], results: Sequence[Result])
 def write_svg(path: Path, targets: Sequence[Target], results: Sequence[Result]) -> None:
     """Write the table of the targets that ran as an SVG picture, which needs no font from elsewhere."""
     ready = [t for t in targets if t.ready]
-    console = Console(record=True, file=StringIO(), width=34 + 13 * len(ready), color_system="truecolor", force_terminal=True)
+    console = Console(
+        record=True, file=StringIO(), width=34 + 13 * len(ready), color_system="truecolor", force_terminal=True
+    )
     console.print(_table(ready, results))
     console.print(summary(ready, results), highlight=False)
     picture = console.export_svg(title="bnlayer conform", theme=DIMMED_MONOKAI)
@@ -103,10 +111,10 @@ def _table(targets: Sequence[Target], results: Sequence[Result]) -> Table:
 
 def _cell(results: Sequence[Result]) -> Text:
     counts = Counter(r.status for r in results)
-    bad = [status for status in _SHORT if counts[status]]
     cell = Text(f"{counts['pass']} ✓" if counts["pass"] else "", _STYLE["pass"])
-    for status in bad:
-        cell.append(f"{' ' if cell.plain else ''}{counts[status]} {_SHORT[status]}", _STYLE[status])
+    for status, short in _BAD.items():
+        if counts[status]:
+            cell.append(f"{' ' if cell.plain else ''}{counts[status]} {short}", _STYLE[status])
     return cell
 
 

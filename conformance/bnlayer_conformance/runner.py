@@ -105,8 +105,7 @@ def _refused(result: Result, vector: Vector, backend: Backend, device: Any) -> R
     findings: list[Finding] = []
     progress = _Progress()
     try:
-        for finding in _findings(vector, backend, device, progress):
-            findings.append(finding)
+        findings.extend(_findings(vector, backend, device, progress))
     except BatchNormError as error:
         if isinstance(error, wanted) and progress.at == vector.refusal.at:
             return _verdict(result, findings)
@@ -168,9 +167,7 @@ def _outcome(step: Step, outcome: Outcome, spec: BatchNormSpec) -> Iterator[Find
     yield compare_counter(outcome.state.num_updates, step.num_updates)
 
 
-def _held(
-    backend: Backend, layer: Any, spec: BatchNormSpec, state: BatchNormState[Any]
-) -> Iterator[Finding]:
+def _held(backend: Backend, layer: Any, spec: BatchNormSpec, state: BatchNormState[Any]) -> Iterator[Finding]:
     """A layer just built must give back exactly the spec and state that went in."""
     held_spec, held = backend.extract(layer)
     if held_spec != spec:

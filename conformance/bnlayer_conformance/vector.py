@@ -134,7 +134,9 @@ def parse(document: Any, group: str) -> Iterator[Vector]:
         try:
             yield _vector(entry, group)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise VectorError(f"{group}: vector {entry.get('id', '?')!r} does not follow {SCHEMA}: {error!r}") from error
+            raise VectorError(
+                f"{group}: vector {entry.get('id', '?')!r} does not follow {SCHEMA}: {error!r}"
+            ) from error
 
 
 def array(entry: Mapping[str, Any]) -> NDArray:
@@ -169,7 +171,7 @@ def laid_out(values: NDArray, view: str) -> NDArray:
 
 
 def _folder() -> Any:
-    return files(__package__) / "vectors"
+    return files("bnlayer_conformance") / "vectors"
 
 
 def _vector(entry: Any, group: str) -> Vector:

@@ -1,4 +1,4 @@
-"""The oracle against derivatives taken numerically, in 60 digits, of its own forward pass: it shares no formula with them."""
+"""The oracle's gradients against numerical derivatives, in 60 digits, of its own forward pass."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-
-mpmath = pytest.importorskip("mpmath")
+from mpmath import mp, mpf
 
 from bnlayer.spec import BatchNormSpec
 from bnlayer_conformance import oracle
 from bnlayer_conformance.authoring import draw
 from bnlayer_conformance.authoring.case import exact
 
-mp, mpf = mpmath.mp, mpmath.mpf
 H = mpf(10) ** -20
 SHAPE, AXIS = (3, 2, 2), 1
 PLACES = oracle.channel_places(SHAPE, AXIS)

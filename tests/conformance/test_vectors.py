@@ -8,9 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("mpmath")
-pytest.importorskip("jsonschema")
-
 import bnlayer
 from bnlayer_conformance import runner, vector
 from bnlayer_conformance.authoring import __main__ as tool
@@ -84,9 +81,7 @@ def test_worked_example_of_a_tensorflow_user() -> None:
     train, _, evaluate = found.steps
     np.testing.assert_allclose(train.expect["moving_mean"].values, [0.3514931], atol=5e-8)
     np.testing.assert_allclose(train.expect["moving_variance"].values, [0.7470948], atol=5e-8)
-    np.testing.assert_allclose(
-        evaluate.calls[0].expect["y"].values.ravel(), [-0.4069794, 1.215785], rtol=0, atol=5e-7
-    )
+    np.testing.assert_allclose(evaluate.calls[0].expect["y"].values.ravel(), [-0.4069794, 1.215785], rtol=0, atol=5e-7)
 
 
 def test_numpy_passes_every_vector() -> None:

@@ -45,7 +45,9 @@ def check() -> None:
     stale = [group for group in names() if not _same(group)]
     extra = sorted(path.stem for path in FOLDER.glob("*.json") if path.stem not in names())
     for group in stale:
-        click.echo(f"{group}.json is not what its cases give; run: python -m bnlayer_conformance.authoring write {group}")
+        click.echo(
+            f"{group}.json is not what its cases give; run: python -m bnlayer_conformance.authoring write {group}"
+        )
     for group in extra:
         click.echo(f"{group}.json has no cases; delete it")
     problems = [problem for group in names() for problem in lint(document(group), group)]
@@ -84,7 +86,8 @@ def lint(value: Any, group: str) -> list[str]:
 
     schema = json.loads((files("bnlayer_conformance") / "schema.json").read_text("utf-8"))
     problems = [
-        f"{group}: {error.json_path}: {error.message[:200]}" for error in Draft202012Validator(schema).iter_errors(value)
+        f"{group}: {error.json_path}: {error.message[:200]}"
+        for error in Draft202012Validator(schema).iter_errors(value)
     ]
     seen: set[str] = set()
     for entry in value["vectors"]:

@@ -109,7 +109,13 @@ def valid(name: str, comment: str, spec: Mapping[str, Any], *steps: StepCase, st
 
 
 def invalid(
-    name: str, comment: str, spec: Mapping[str, Any], *steps: StepCase, error: str, at: str | int, state: Any = "initial"
+    name: str,
+    comment: str,
+    spec: Mapping[str, Any],
+    *steps: StepCase,
+    error: str,
+    at: str | int,
+    state: Any = "initial",
 ) -> Case:
     """A case that every backend must refuse with `error`, at "spec", "state" or the step of that number."""
     return Case(name, comment, spec, steps, state, "invalid", (error, at))
@@ -163,7 +169,7 @@ def _starting_state(name: str, spec: BatchNormSpec, case: Case) -> dict[str, Any
     }
     state = {n: drawn[n].astype(array_dtype(spec, n)) for n in array_names(spec)}
     state["num_updates"] = 0
-    for key, given in (case.state.items() if isinstance(case.state, Mapping) else ()):
+    for key, given in case.state.items() if isinstance(case.state, Mapping) else ():
         if key == "num_updates":
             state[key] = given
         elif given is None:
@@ -252,7 +258,7 @@ def _drawn(name: str, spec: BatchNormSpec, call: CallCase) -> CallCase:
     dy: Any = call.dy
     if dy is None:
         dy = draw.normal(f"{name}/dy", x.shape, call.dtype)
-        if call.masked_dy:
+        if call.masked_dy and weights is not None:
             dy = np.where(_spread(spec, x.shape, weights) > 0, dy, np.zeros((), dy.dtype))
     elif dy is False:
         dy = None
@@ -407,4 +413,3 @@ def _plain(value: float) -> float | int:
 
 def _dtype(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-

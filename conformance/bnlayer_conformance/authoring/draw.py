@@ -18,9 +18,7 @@ from bnlayer.state import numpy_dtype
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
 
-def normal(
-    name: str, shape: Sequence[int], dtype: str, *, mean: Any = 0.0, std: Any = 1.0, axis: int = -1
-) -> NDArray:
+def normal(name: str, shape: Sequence[int], dtype: str, *, mean: Any = 0.0, std: Any = 1.0, axis: int = -1) -> NDArray:
     """Nearly normal numbers: twelve 12-bit uniforms summed, so multiples of 2**-12 within six deviations.
 
     `mean` and `std` are numbers, or one number per channel on `axis`.

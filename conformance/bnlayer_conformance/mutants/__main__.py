@@ -43,7 +43,7 @@ def page(verdicts: list[Verdict]) -> str:
         f"{len(verdicts)} mutants, each one line away from a correct batch norm"
         " (`conformance/bnlayer_conformance/mutants/base.py`). A mutant counts as caught by a valid vector in float32"
         f" with an error of at least {MARGIN:g} tolerances, unless only another dtype, or only an invalid vector, can"
-        " show it. \"Clearest\" is the vector with the largest error; ∞ stands for NaN, a wrong dtype or a wrong counter.",
+        ' show it. "Clearest" is the vector with the largest error; ∞ stands for NaN, a wrong dtype or counter.',
         "",
         "| mistake | seen in | only | clearest | observable | error / tolerance | vectors | groups |",
         "|---|---|---|---|---|---|---|---|",
@@ -54,7 +54,13 @@ def page(verdicts: list[Verdict]) -> str:
         cells = [v.mutant.name, v.mutant.seen or "-", v.mutant.only or "-", *clearest, str(len(v.caught)),
                  str(len(v.groups))]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## What each group alone catches", "", "| group | mutants that no other group catches |", "|---|---|"]
+    lines += [
+        "",
+        "## What each group alone catches",
+        "",
+        "| group | mutants that no other group catches |",
+        "|---|---|",
+    ]
     lines += [f"| {group} | {', '.join(alone.get(group, [])) or '-'} |" for group in vector.groups()]
     return "\n".join(lines) + "\n"
 

@@ -87,9 +87,9 @@ class Base:
                 dx, dgamma, dbeta, dweights = _backward(before, layer.spec, call, tape)
                 gradients.append((dgamma, dbeta))
                 outcomes.append(CallOutcome(y, dx=dx, dweights=dweights))
-            dgamma = _sum([g for g, _ in gradients], before.gamma)
-            dbeta = _sum([b for _, b in gradients], before.beta)
-        return layer, Outcome(tuple(outcomes), state=layer.state, dgamma=dgamma, dbeta=dbeta)
+            sum_gamma = _sum([g for g, _ in gradients], before.gamma)
+            sum_beta = _sum([b for _, b in gradients], before.beta)
+        return layer, Outcome(tuple(outcomes), state=layer.state, dgamma=sum_gamma, dbeta=sum_beta)
 
 
 def _sum(parts: list[NDArray], like: NDArray | None) -> NDArray | None:
@@ -132,10 +132,11 @@ def _forward(layer: Layer, call: Call, request: Request) -> tuple[NDArray, Tape]
     elif state.moving_mean is not None and state.moving_variance is not None:
         p = None
         mean = per_channel(state.moving_mean)
-        variance = per_channel(state.moving_variance)
+        variance = unbiased = per_channel(state.moving_variance)
     else:
         p = None
-        mean, variance = np.zeros(shape, arithmetic), np.ones(shape, arithmetic)
+        mean = np.zeros(shape, arithmetic)
+        variance = unbiased = np.ones(shape, arithmetic)
     sd = np.sqrt(variance + arithmetic(spec.epsilon))
     xhat = (x - mean) / sd
     y = xhat
@@ -186,7 +187,7 @@ def _backward(
     xhat = np.where((tape.w > 0) | np.isfinite(tape.xhat), tape.xhat, 0)
 
     def total(values: NDArray) -> NDArray:
-        return np.sum(values, axis=axes, keepdims=True, dtype=np.float64)
+        return np.asarray(np.sum(values, axis=axes, keepdims=True, dtype=np.float64))
 
     s1 = total(dy)
     s2 = total(dy * xhat)

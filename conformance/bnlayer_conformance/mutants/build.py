@@ -36,7 +36,7 @@ class MutantError(BatchNormError):
 
 def source() -> str:
     """The base's source text."""
-    return (files(__package__) / "base.py").read_text("utf-8")
+    return (files("bnlayer_conformance.mutants") / "base.py").read_text("utf-8")
 
 
 def build(mutant: Mutant) -> Any:

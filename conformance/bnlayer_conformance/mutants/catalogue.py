@@ -206,8 +206,8 @@ MUTANTS: Final = (
     Mutant("dbeta averaged", "dbeta = s1.reshape(-1)", "dbeta = s1.reshape(-1) / max(tape.w.size, 1)"),
     Mutant("dbeta over weighted rows", "dbeta = s1.reshape(-1)", "dbeta = total(dy * (tape.w > 0)).reshape(-1)"),
     Mutant("dbeta times gamma", "dbeta = s1.reshape(-1)", "dbeta = (gamma * s1).reshape(-1)"),
-    Mutant("only the last call's gradient", "dgamma = _sum([g for g, _ in gradients], before.gamma)",
-           "dgamma = _sum([g for g, _ in gradients][-1:], before.gamma)"),
+    Mutant("only the last call's gradient", "sum_gamma = _sum([g for g, _ in gradients], before.gamma)",
+           "sum_gamma = _sum([g for g, _ in gradients][-1:], before.gamma)"),
     # Carrying state.
     Mutant("export loses the counter", "state = layer.state.copy()", "state = layer.state.copy().replace(num_updates=0)",
            "pytorch/pytorch#110850"),

@@ -1,14 +1,21 @@
 """Where the channels are."""
 
-from ..case import evaluate, train, valid
+from typing import Any
+
+from ..case import Case, evaluate, train, valid
 
 PURPOSE = "the channel axis: last, first after the batch, in the middle, with equal lengths on the other axes"
 
 
-def _case(name, shape, axis, comment="Equal lengths elsewhere, so that a wrong axis still fits."):  # type: ignore[no-untyped-def]
+def _case(
+    name: str,
+    shape: tuple[int, ...],
+    axis: int,
+    comment: str = "Equal lengths elsewhere, so that a wrong axis still fits.",
+) -> Case:
     scales = [0.5, 1.0, 2.0, 4.0, 8.0][: shape[axis]]
     means = [3.0, -2.0, 1.0, 0.0, -1.0][: shape[axis]]
-    data = {"shape": shape, "mean": means, "std": scales}
+    data: dict[str, Any] = {"shape": shape, "mean": means, "std": scales}
     return valid(name, comment, {"axis": axis, "num_features": shape[axis]}, train(**data), evaluate(**data))
 
 

@@ -1,23 +1,26 @@
 """What every backend must refuse, and with which error."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
-from ..case import evaluate, invalid, set_state, train
+from ..case import Case, StepCase, evaluate, invalid, set_state, train
 
 PURPOSE = "invalid specs, states and inputs: refused with the right kind of error, before any harm"
 
 _COMMENT = "Must be refused."
 
 
-def _spec(name, **fields):  # type: ignore[no-untyped-def]
+def _spec(name: str, **fields: Any) -> Case:
     return invalid(f"spec-{name}", _COMMENT, fields, train(), error="SpecError", at="spec")
 
 
-def _state(name, state, **fields):  # type: ignore[no-untyped-def]
+def _state(name: str, state: Mapping[str, Any], **fields: Any) -> Case:
     return invalid(f"state-{name}", _COMMENT, fields, train(), error="StateError", at="state", state=state)
 
 
-def _input(name, step, **fields):  # type: ignore[no-untyped-def]
+def _input(name: str, step: StepCase, **fields: Any) -> Case:
     return invalid(f"input-{name}", _COMMENT, fields, step, error="InputError", at=0)
 
 
