@@ -27,6 +27,17 @@ CASES = [
             ("channels_last", "strided", (2, 3, 2, 3, 2)),
         )
     ),
+    *(
+        valid(
+            f"length-1-{'x'.join(map(str, shape))}-{view}-dy-{dy_view}",
+            "With a length of 1 an array can be contiguous and channels-last at once: x and dy must not be mixed up.",
+            {"axis": 1, "num_features": shape[1], "moving_variance_estimator": "unbiased"},
+            train(shape=shape, view=view, dy_view=dy_view),
+            evaluate(shape=shape, view=view, dy_view=dy_view),
+        )
+        for shape in ((4, 3, 1, 1), (1, 3, 1, 5), (1, 3, 5, 1), (1, 3, 5, 1, 1))
+        for view, dy_view in (("contiguous", "transposed"), ("transposed", "contiguous"))
+    ),
     valid("channels_last-mean-1e3", "Accuracy does not depend on the layout.", {"axis": 1, "decay": 0.0},
           train(shape=(2, 3, 8, 8), mean=1e3, view="channels_last", dy_view="channels_last")),
     valid("transposed-last-axis", "Channels last in shape, first in memory.", {}, train(shape=(2, 4, 5, 3), view="transposed")),
