@@ -3,7 +3,7 @@
     python examples/one_layer_everywhere.py
 
 Every framework's own kind of layer is called the framework's own way. The state goes from one to the next as NumPy
-arrays; at the end the layer has trained one step in each, and NumPy, doing all the steps alone, has the same statistics.
+arrays; at the end the layer has trained one step in each, and NumPy, doing all steps alone, has the same statistics.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ SPEC = bnlayer.BatchNormSpec.from_dialect("torch", num_features=3)  # torch.nn.B
 
 
 def with_torch(layer: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
+    """torch: the mode is the module's, and y has a gradient."""
     import torch
 
     return layer, layer.train()(torch.from_numpy(x)).detach().numpy()
 
 
 def with_jax(layer: Any, x: np.ndarray) -> tuple[Any, np.ndarray]:
-    y, layer = layer(x, training=True)  # pure: a new layer comes back
+    """JAX: pure, so a new layer comes back."""
+    y, layer = layer(x, training=True)
     return layer, np.asarray(y)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -105,9 +105,11 @@ def _refused(result: Result, vector: Vector, backend: Backend, device: Any) -> R
     findings: list[Finding] = []
     progress = _Progress()
     try:
-        findings.extend(_findings(vector, backend, device, progress))
+        for finding in _findings(vector, backend, device, progress):
+            findings.append(finding)  # noqa: PERF402 - what came before the refusal has to stay
     except BatchNormError as error:
         if isinstance(error, wanted) and progress.at == vector.refusal.at:
+            findings.extend(_unharmed(backend, progress))
             return _verdict(result, findings)
         came = f"{type(error).__name__} at {progress.at}: {error}"
     else:
@@ -120,7 +122,11 @@ def _refused(result: Result, vector: Vector, backend: Backend, device: Any) -> R
 
 @dataclass
 class _Progress:
+    """How far a vector came: the place, the layer before it, and the state that the layer had there."""
+
     at: str | int = "spec"
+    layer: Any = None
+    held: BatchNormState[Any] | None = None
 
 
 def _findings(vector: Vector, backend: Backend, device: Any, progress: _Progress | None = None) -> Iterator[Finding]:
@@ -135,14 +141,18 @@ def _findings(vector: Vector, backend: Backend, device: Any, progress: _Progress
     state = None if vector.state is None else _state(vector.state)
     layer = backend.build(spec, state, device=device)
     yield from _held(backend, layer, spec, BatchNormState.initial(spec) if state is None else state)
+    given = _snapshot({} if state is None else state.arrays(), "state")
     for index, (step, request) in enumerate(zip(vector.steps, requests, strict=True)):
-        progress.at = index
+        progress.at, progress.layer, (_, progress.held) = index, layer, backend.extract(layer)
         if request is not None:
+            lent = given + _snapshot(progress.held.arrays(), "extracted")
+            for call in request.calls:
+                lent += _snapshot({"x": call.x, "dy": call.dy, "weights": call.weights}, "input")
             layer, outcome = backend.step(layer, request)
             yield from _located(index, _outcome(step, outcome, spec))
+            yield from _located(index, _unwritten(lent))
         elif step.do == "set":
-            _, held = backend.extract(layer)
-            layer = backend.load(layer, held.replace(**step.state))
+            layer = backend.load(layer, progress.held.replace(**step.state))
         else:  # rebuild: what is extracted must be enough to go on from
             held_spec, held = backend.extract(layer)
             layer = backend.build(held_spec, held, device=device)
@@ -174,11 +184,36 @@ def _held(backend: Backend, layer: Any, spec: BatchNormSpec, state: BatchNormSta
         differs = [n for n, v in spec.to_dict().items() if held_spec.to_dict()[n] != v]
         yield Finding("spec", float("inf"), reason=f"the layer's spec differs in {', '.join(differs)} after build")
     for name, values in state.arrays().items():
-        exact = Expected(
-            values.dtype.name, values.astype(np.float64), np.zeros(values.shape), np.zeros(values.shape, bool)
-        )
-        yield from _located("build", [compare(name, getattr(held, name), exact)])
+        yield from _located("build", [compare(name, getattr(held, name), _exactly(values))])
     yield from _located("build", [compare_counter(held.num_updates, state.num_updates)])
+
+
+def _unharmed(backend: Backend, progress: _Progress) -> Iterator[Finding]:
+    """A refused step must leave the layer as it was."""
+    if progress.held is None:
+        return
+    _, held = backend.extract(progress.layer)
+    for name, values in progress.held.arrays().items():
+        yield from _located("after the refusal", [compare(name, getattr(held, name), _exactly(values))])
+    yield from _located("after the refusal", [compare_counter(held.num_updates, progress.held.num_updates)])
+
+
+_Lent = tuple[str, Any, bytes]
+
+
+def _snapshot(arrays: Mapping[str, Any], label: str) -> list[_Lent]:
+    """What arrays hold now, to find out later whether a backend wrote to what it does not own."""
+    return [(f"{label} {name}", a, a.tobytes()) for name, a in arrays.items() if a is not None]
+
+
+def _unwritten(lent: Sequence[_Lent]) -> Iterator[Finding]:
+    for name, values, before in lent:
+        if values.tobytes() != before:
+            yield Finding(name, float("inf"), reason="the array was written to; copy it before changing it")
+
+
+def _exactly(values: Any) -> Expected:
+    return Expected(values.dtype.name, values.astype(np.float64), np.zeros(values.shape), np.zeros(values.shape, bool))
 
 
 def _located(where: object, findings: Iterable[Finding]) -> Iterator[Finding]:

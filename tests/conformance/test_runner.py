@@ -116,6 +116,40 @@ def test_a_layer_must_give_back_what_it_was_built_from() -> None:
     assert "epsilon" in result.reason
 
 
+def test_writing_to_what_is_lent_is_a_failure() -> None:
+    class Centers(Base):
+        def step(self, layer: Layer, request: Request) -> tuple[Layer, Outcome]:
+            layer, outcome = super().step(layer, request)
+            request.calls[0].x[...] -= 1
+            return layer, outcome
+
+    class Shares(Base):
+        def extract(self, layer: Layer) -> Any:
+            return layer.spec, layer.state
+
+        def step(self, layer: Layer, request: Request) -> tuple[Layer, Outcome]:
+            held = layer.state
+            layer, outcome = super().step(layer, request)
+            np.copyto(held.moving_mean, layer.state.moving_mean)
+            return layer, outcome
+
+    (fresh,) = vector.load("gradients/random")  # it is written to
+    result = runner.run_vector(fresh, Centers())
+    assert (result.status, result.observable) == ("fail", "input x")
+    assert runner.run_vector(PLAIN, Shares()).observable == "extracted moving_mean"
+
+
+def test_a_refused_step_must_leave_the_layer_as_it_was() -> None:
+    class Harms(Base):
+        def step(self, layer: Layer, request: Request) -> tuple[Layer, Outcome]:
+            layer.state = layer.state.replace(num_updates=layer.state.num_updates + 1)
+            return super().step(layer, request)
+
+    result = runner.run_vector(ONE_VALUE, Harms())
+    assert (result.status, result.observable) == ("fail", "num_updates")
+    assert "after the refusal" in result.reason
+
+
 def test_find_says_why_a_target_is_absent() -> None:
     class Absent(Base):
         def version(self) -> str:
