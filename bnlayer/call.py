@@ -6,8 +6,10 @@ which statistics normalize, whether they move), so that a backend is left with a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 from .errors import InputError
 from .spec import FLOAT_DTYPES, BatchNormSpec
@@ -25,6 +27,9 @@ class CallPlan:
         weights_shape: shape to give the weights so that they broadcast against x, or None without weights.
         batch_statistics: normalize with the batch's statistics, else with the moving ones.
         update: the batch's statistics enter the moving ones, unless the total weight turns out to be 0.
+        ghosted: the batch's statistics are those of ghost batches, one set each.
+        ghosts: the rows of each ghost batch, as slices of the batch axis; None where not ghosted, or where the number
+            of rows is not known yet (then `ghost_slices` tells once it is).
         arithmetic: "float32" or "float64": the dtype to compute in, promote(x, float32).
     """
 
@@ -35,6 +40,8 @@ class CallPlan:
     weights_shape: tuple[int | None, ...] | None
     batch_statistics: bool
     update: bool
+    ghosted: bool
+    ghosts: tuple[slice, ...] | None
     arithmetic: str
 
 
@@ -46,6 +53,7 @@ def plan_call(
     training: bool,
     update_stats: bool = True,
     weights_shape: Sequence[int | None] | None = None,
+    adjustment_shapes: tuple[Sequence[int | None], Sequence[int | None]] | None = None,
 ) -> CallPlan:
     """Check one call's shapes and dtype against the spec and decide how it runs.
 
@@ -56,9 +64,11 @@ def plan_call(
         training: whether the caller trains; a layer with frozen statistics passes False.
         update_stats: False: batch statistics normalize, but do not enter the moving ones.
         weights_shape: the weights' shape, or None without weights.
+        adjustment_shapes: shapes of the adjustment's scale and bias, or None without one.
 
     Raises:
-        InputError: x or the weights do not fit the spec, or there is one value per channel and the spec refuses that.
+        InputError: x, the weights or the adjustment do not fit the spec, or there is one value per channel (of a ghost
+            batch) and the spec refuses that.
     """
     shape = tuple(shape)
     rank = len(shape)
@@ -80,11 +90,21 @@ def plan_call(
         length = shape[i]
         count = None if count is None or length is None else count * length
     batch_statistics = training or not spec.track_moving_stats
-    if batch_statistics and count == 1 and spec.single_value == "raise":
+    ghosted = training and spec.virtual_batch_size is not None and count != 0
+    ghosts = ghost_slices(spec, shape[0]) if ghosted and shape[0] is not None else None
+    # The smallest batch whose statistics are its own: the whole, or a ghost without the remainder's extra row.
+    least = count if ghosts is None or count is None or not shape[0] else count // shape[0] * (shape[0] // len(ghosts))
+    if batch_statistics and least == 1 and spec.single_value == "raise":
+        whole = "batch" if ghosts is None else f"ghost batch of {spec.virtual_batch_size}"
         raise InputError(
-            f"batch statistics need more than one value per channel; got x with shape {_shown(shape)}. Give a larger"
-            " batch, call with training=False, or build the layer with single_value='allow'."
+            f"batch statistics need more than one value per channel and {whole}; got x with shape {_shown(shape)}. Give"
+            f" a larger {whole}, call with training=False, or build the layer with single_value='allow'."
         )
+    if adjustment_shapes is not None:
+        if spec.virtual_batch_size is not None:
+            raise InputError("adjustment and virtual_batch_size contradict each other; use one of the two.")
+        for name, given in zip(("scale", "bias"), adjustment_shapes, strict=True):
+            _refuse_unlike(name, tuple(given), shape)
     return CallPlan(
         axis=axis,
         reduced=reduced,
@@ -93,8 +113,60 @@ def plan_call(
         weights_shape=None if weights_shape is None else _broadcastable(tuple(weights_shape), shape, axis),
         batch_statistics=batch_statistics,
         update=training and update_stats and spec.track_moving_stats and count != 0,
+        ghosted=ghosted,
+        ghosts=ghosts,
         arithmetic="float64" if dtype == "float64" else "float32",
     )
+
+
+def ghost_slices(spec: BatchNormSpec, rows: int) -> tuple[slice, ...]:
+    """The ghost batches of `rows` rows: G = ceil(rows / virtual_batch_size) of them, sizes differing by one at most.
+
+    "strided": ghost g has rows g, g + G, ...; "consecutive": as `numpy.array_split` cuts them.
+    """
+    assert spec.virtual_batch_size is not None
+    number = -(-rows // spec.virtual_batch_size)
+    if spec.virtual_batch_layout == "strided":
+        return tuple(slice(g, None, number) for g in range(number))
+    size, larger = divmod(rows, number) if number else (0, 0)
+    starts = [g * size + min(g, larger) for g in range(number + 1)]
+    return tuple(slice(start, stop) for start, stop in pairwise(starts))
+
+
+@dataclass(frozen=True)
+class RenormClips:
+    """The clips of batch renormalization that hold for one call; None is no clip. A backend may put scalars of its own
+    framework here, such as a schedule's tensors."""
+
+    r_max: Any
+    r_min: Any
+    d_max: Any
+
+
+def renorm_clips(spec: BatchNormSpec, given: Mapping[str, Any] | None) -> RenormClips:
+    """The spec's clips, with those of this call in their place.
+
+    Args:
+        spec: its `renorm` has the layer's clips.
+        given: "r_max", "r_min" or "d_max" to a number, a scalar of the framework, or None for no clip.
+
+    Raises:
+        InputError: a name is no clip, the layer has no renorm, or a number is negative or crosses another.
+    """
+    clips = {} if spec.renorm is None else {n: getattr(spec.renorm, n) for n in ("r_max", "r_min", "d_max")}
+    if given is not None:
+        unknown = sorted(set(given) - set(clips))
+        if spec.renorm is None:
+            raise InputError("renorm_clips need a layer with renorm; build it with renorm=Renorm(...).")
+        if unknown:
+            raise InputError(f"renorm_clips has no {', '.join(unknown)}; the clips are r_max, r_min and d_max.")
+        clips.update(given)
+        numbers = {n: v for n, v in clips.items() if isinstance(v, (int, float))}
+        if any(not v >= 0 for v in numbers.values()):
+            raise InputError(f"renorm_clips must not be negative; got {numbers}.")
+        if "r_max" in numbers and "r_min" in numbers and numbers["r_min"] > numbers["r_max"]:
+            raise InputError(f"r_min must be at most r_max; got {numbers['r_min']} > {numbers['r_max']}.")
+    return RenormClips(**(clips or {"r_max": None, "r_min": None, "d_max": None}))
 
 
 def trains(spec: BatchNormSpec, training: bool, frozen_statistics: bool) -> bool:
@@ -138,6 +210,16 @@ def _broadcastable(given: tuple[int | None, ...], shape: tuple[int | None, ...],
             f" got {_shown(given)} for x with shape {_shown(shape)}."
         )
     return full
+
+
+def _refuse_unlike(name: str, given: tuple[int | None, ...], shape: tuple[int | None, ...]) -> None:
+    """The adjustment must broadcast to x, and not beyond it."""
+    trailing = shape[len(shape) - len(given) :] if len(given) <= len(shape) else None
+    if trailing is None or any(
+        have is not None and have != 1 and want is not None and have != want
+        for have, want in zip(given, trailing, strict=True)
+    ):
+        raise InputError(f"the adjustment's {name} must broadcast to x's shape {_shown(shape)}; got {_shown(given)}.")
 
 
 def _shown(shape: tuple[int | None, ...]) -> str:

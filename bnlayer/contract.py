@@ -7,7 +7,7 @@ A backend is one light object, importable without its framework, registered unde
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +50,7 @@ class Request:
         training: whether the layer trains.
         update_stats: False: batch statistics normalize, but do not enter the moving ones.
         frozen_statistics: the layer's statistics are frozen, whatever `training` says.
+        renorm_clips: "r_max", "r_min" or "d_max" to what holds instead of the spec's in this step; None is no clip.
     """
 
     calls: tuple[Call, ...]
@@ -57,6 +58,7 @@ class Request:
     training: bool
     update_stats: bool = True
     frozen_statistics: bool = False
+    renorm_clips: Mapping[str, float | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

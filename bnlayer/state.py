@@ -11,6 +11,7 @@ import json
 import struct
 import tokenize
 import zipfile
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -111,11 +112,17 @@ class BatchNormState(Generic[Array]):
     def checked(self, spec: BatchNormSpec) -> BatchNormState[np.ndarray[Any, Any]]:
         """A copy of this numpy state, proven to fit `spec`: what every backend calls before it loads one.
 
+        A plain state fits a spec with zero_debias or renorm too: the averages behind the moving statistics that it
+        lacks follow from these (`_behind`).
+
         Raises:
             StateError: an array is missing, extra, or has another shape or dtype; a variance is negative; the counter
                 is negative, or missing where the average depends on it.
         """
-        wanted, given = array_names(spec), self.arrays()
+        counter = _checked_counter(self.num_updates, spec)
+        wanted = array_names(spec)
+        given: dict[str, Any] = dict(self.arrays())
+        given = {**{n: a for n, a in _behind(given, spec, counter).items() if n in wanted}, **given}
         missing, extra = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
         if missing:
             raise StateError(f"the state lacks {', '.join(missing)}, which this spec needs; it has {_listed(given)}.")
@@ -124,7 +131,7 @@ class BatchNormState(Generic[Array]):
                 f"the state has {', '.join(extra)}, which this spec has no place for; it takes {_listed(wanted)}."
             )
         arrays = {name: _checked_array(name, given[name], spec) for name in wanted}
-        return BatchNormState(**arrays, num_updates=_checked_counter(self.num_updates, spec))
+        return BatchNormState(**arrays, num_updates=counter)
 
     def to_npz(self, path: str | Path) -> None:
         """Write this numpy state to an `.npz` file: one member an array, and `num_updates`.
@@ -202,6 +209,28 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def needs_counter(spec: BatchNormSpec) -> bool:
     """Whether the averages depend on the number of updates, so that the counter must be carried."""
     return spec.decay == "cumulative" or spec.zero_debias != "none"
+
+
+def _behind(given: Mapping[str, Any], spec: BatchNormSpec, counter: int) -> dict[str, np.ndarray[Any, Any]]:
+    """What a plain state's moving statistics say about the averages behind them.
+
+    zero_debias divides the hidden averages by 1 - decay**t, so they are the moving ones times that. renorm's averages
+    take the moving mean, and sqrt(moving_variance + epsilon) for the standard deviation.
+    """
+    mean, variance = given.get("moving_mean"), given.get("moving_variance")
+    if mean is None or variance is None or (spec.zero_debias == "none" and spec.renorm is None):
+        return {}
+    with np.errstate(invalid="ignore", over="ignore"):  # a bad variance is refused by its own name
+        seen = 0.0 if spec.decay == "cumulative" else 1.0 - float(spec.decay) ** counter
+        stddev = np.sqrt(np.asarray(variance, np.float64) + spec.epsilon)
+        behind = {
+            "hidden_mean": np.asarray(mean, np.float64) * seen,
+            "hidden_variance": np.asarray(variance, np.float64) * seen,
+            "renorm_mean": np.asarray(mean, np.float64),
+            "renorm_stddev": stddev,
+            "moving_stddev": stddev,
+        }
+        return {name: values.astype(array_dtype(spec, name)) for name, values in behind.items()}
 
 
 def _checked_array(name: str, value: Any, spec: BatchNormSpec) -> np.ndarray[Any, Any]:
