@@ -48,7 +48,14 @@ class NumpyBackend:
         layer.frozen_statistics = request.frozen_statistics
         passes = []
         for call in request.calls:
-            y = layer(call.x, training=request.training, weights=call.weights, update_stats=request.update_stats)
+            y = layer(
+                call.x,
+                training=request.training,
+                weights=call.weights,
+                update_stats=request.update_stats,
+                adjustment=call.adjustment,
+                renorm_clips=request.renorm_clips,
+            )
             passes.append((call, y, layer.cache))
         calls, dgamma, dbeta = [], None, None
         for call, y, cache in passes:

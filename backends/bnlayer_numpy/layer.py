@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,14 @@ class BatchNorm:
         self.cache: Cache | None = None
 
     def __call__(
-        self, x: NDArray, *, training: bool, weights: NDArray | None = None, update_stats: bool = True
+        self,
+        x: NDArray,
+        *,
+        training: bool,
+        weights: NDArray | None = None,
+        update_stats: bool = True,
+        adjustment: tuple[NDArray, NDArray] | None = None,
+        renorm_clips: Mapping[str, float | None] | None = None,
     ) -> NDArray:
         """Normalize x; see `bnlayer_numpy.batch_norm`."""
         y, self.state, self.cache = batch_norm_forward(
@@ -49,6 +57,8 @@ class BatchNorm:
             training=trains(self.spec, training, self.frozen_statistics),
             weights=weights,
             update_stats=update_stats,
+            adjustment=adjustment,
+            renorm_clips=renorm_clips,
         )
         return y
 

@@ -15,44 +15,56 @@ NDArray = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Weights of one call.
+    """Weights of one batch, or of one ghost batch.
 
     Attributes:
-        values: the weights, float64, in the plan's `weights_shape`.
+        values: the weights, float64, with 1 on the channel axis and wherever they are spread.
         proportions: w/W, so that they sum to 1 over all positions of a channel; all 0 where W is 0.
         total: W, over all positions of a channel.
         concentration: Q/W^2, that is 1/n: exactly 1 where a single position has weight; 0 where W is 0.
-        real: whether a gradient flows to them: floating-point weights, not masks.
     """
 
     values: NDArray
     proportions: NDArray
     total: float
     concentration: float
-    real: bool
 
 
-def read_weights(weights: NDArray, plan: CallPlan) -> Weights:
-    """Check the weights' values and relate them to their total.
+def read_weights(weights: NDArray, plan: CallPlan) -> NDArray:
+    """The weights' values, checked: float64, in the plan's `weights_shape`.
 
     Raises:
         InputError: a weight is negative, not finite, or not a real number.
     """
-    assert plan.weights_shape is not None and plan.count is not None
+    assert plan.weights_shape is not None
     if weights.dtype.kind not in "biuf" and weights.dtype.name != "bfloat16":
         raise InputError(f"weights must be real or boolean; got {weights.dtype}.")
     values = weights.astype(np.float64).reshape([int(length or 0) for length in plan.weights_shape])
     refused = ~((values >= 0) & (values < np.inf))
     if bool(refused.any()):
         raise InputError(f"weights must be finite and not negative; got {values[refused][0]}.")
-    real = weights.dtype.kind not in "biu"
+    return values
+
+
+def of_rows(values: NDArray, rows: slice) -> NDArray:
+    """The weights of these rows; those that are spread over all rows hold for any of them."""
+    return values if values.shape[0] == 1 else values[rows]
+
+
+def related(values: NDArray, count: int) -> Weights:
+    """The weights in relation to their total, where each channel has `count` positions."""
     largest = float(values.max(initial=0.0))
     if largest == 0.0:
-        return Weights(values, np.zeros_like(values), 0.0, 0.0, real)
-    spread = plan.count // values.size  # positions of x that one weight stands for
+        return Weights(values, np.zeros_like(values), 0.0, 0.0)
+    spread = count // values.size  # positions of x that one weight stands for
     # Relative to the largest, neither the total nor the squares can overflow or vanish.
     relative = values / largest
     proportions = relative / (relative.sum() * spread)
     single = int(np.count_nonzero(values)) * spread == 1
     concentration = 1.0 if single else float(np.square(proportions).sum() * spread)
-    return Weights(values, proportions, float(values.sum() * spread), concentration, real)
+    return Weights(values, proportions, float(values.sum() * spread), concentration)
+
+
+def is_real(weights: NDArray) -> bool:
+    """Whether a gradient flows to these weights: floating-point ones, not masks."""
+    return weights.dtype.kind not in "biu"
