@@ -1,6 +1,16 @@
-"""Batch normalization for NumPy: forward, analytic backward, and a layer that keeps its state."""
+"""Batch normalization for NumPy: forward, analytic backward, a layer that keeps its state, and a course's pair."""
 
+from .course import batchnorm_backward, batchnorm_forward
 from .function import Cache, Gradients, batch_norm, batch_norm_backward, batch_norm_forward
 from .layer import BatchNorm
 
-__all__ = ["BatchNorm", "Cache", "Gradients", "batch_norm", "batch_norm_backward", "batch_norm_forward"]
+__all__ = [
+    "BatchNorm",
+    "Cache",
+    "Gradients",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batchnorm_backward",
+    "batchnorm_forward",
+]
