@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def updated(
         after["moving_stddev"] = average(state.moving_stddev, stddev)
         after["moving_variance"] = np.maximum(np.square(after["moving_stddev"]) - spec.epsilon, 0.0)
     else:
-        started = 1.0 - decay**t  # the share of an average from 0 that is data
+        # The share of an average from 0 that is data: 1 - decay**t, which that form would round to few digits.
+        started = -math.expm1(t * math.log(decay)) if decay > 0 else 1.0
         if spec.zero_debias == "none":
             after["moving_mean"] = average(state.moving_mean, mean)
         else:

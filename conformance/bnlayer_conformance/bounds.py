@@ -17,6 +17,8 @@ section 4.2), A = sqrt(m^2+v) the root mean square of x, sd = sqrt(v+eps), kappa
 * dbeta: K u sum|dy|; dgamma: K u sum|dy|(kappa + 2|xhat|), since both dy xhat and its sum are rounded.
 * dx = gamma/sd (dy - p (S1 + xhat S2)): each term's own error, and rho |dx|.
 * dweights: the same, term by term.
+* renorm: r = sd/den is off by rho and den's own error, relatively; d = (m - renorm_mean)/den by both means' errors over
+  den; a clip passes on what it gets, or nothing where it holds by a margin. (xhat r + d) s + b: term by term.
 * an average d s + (1-d) b: 4 u (d|s| + (1-d)|b|), the errors that s and b bring, and u_stats times the result.
 
 In eval the moving statistics are given: K = 8, and their accumulated errors enter as those of m and v.
@@ -82,7 +84,7 @@ def batch_errors(
 
 
 def moving_errors(
-    rounding: Rounding, m: Number, v: Number, mean_error: float, variance_error: float, eps: Number
+    rounding: Rounding, n: int, m: Number, v: Number, mean_error: float, variance_error: float, eps: Number
 ) -> Errors:
     """Bounds where the moving statistics normalize, with the errors they have brought along."""
     ku = 8.0 * rounding.u
@@ -90,7 +92,35 @@ def moving_errors(
     kappa = sqrt(_f(m * m + v)) / sqrt(var) if var > 0 else 0.0
     shift = ku * kappa + (mean_error / sqrt(var) if var > 0 else 0.0)
     slope = ku + (variance_error / (2 * var) if var > 0 else 0.0)
-    return Errors(ku, mean_error, variance_error, variance_error, kappa, slope, shift, slope)
+    sums = (8.0 + sqrt(n)) * rounding.u  # the gradients' sums run over the batch here too
+    return Errors(sums, mean_error, variance_error, variance_error, kappa, slope, shift, slope)
+
+
+def joined_errors(
+    parts: Sequence[Errors],
+    shares: Sequence[float],
+    moments: Sequence[tuple[Number, Number, Number]],
+    rounding: Rounding,
+) -> Errors:
+    """Of the weighted means of several ghosts' m, v and u: theirs, and the rounding of the means."""
+
+    def mean(values: Sequence[float]) -> float:
+        return fsum(share * value for share, value in zip(shares, values, strict=True))
+
+    def size(which: int) -> float:
+        return mean([abs(_f(values[which])) for values in moments])
+
+    ku = (8.0 + sqrt(len(parts))) * rounding.u
+    return Errors(
+        ku=max(part.ku for part in parts),
+        mean=mean([part.mean for part in parts]) + ku * size(0),
+        variance=mean([part.variance for part in parts]) + ku * size(1),
+        unbiased=mean([part.unbiased for part in parts]) + ku * size(2),
+        kappa=max(part.kappa for part in parts),
+        rho=max(part.rho for part in parts) + ku,
+        xhat_shift=max(part.xhat_shift for part in parts),
+        xhat_slope=max(part.xhat_slope for part in parts),
+    )
 
 
 def average_error(
@@ -107,14 +137,58 @@ def average_error(
     )
 
 
-def output_error(errors: Errors, rounding: Rounding, gamma: Number, beta: Number, xhat: Number, y: Number) -> float:
-    """Of y = gamma xhat + beta."""
+def debiased_error(rounding: Rounding, hidden_error: float, started: Number, value: Number) -> float:
+    """Of h/(1 - d^t): h's, and a few roundings, as 1 - d^t can be had to full accuracy."""
+    return hidden_error / _f(started) + (8.0 * rounding.u + rounding.stats) * abs(_f(value)) + rounding.stats_floor
+
+
+def squared_error(rounding: Rounding, stddev: Number, stddev_error: float, eps: Number) -> float:
+    """Of max(stddev^2 - eps, 0)."""
+    s = _f(stddev)
+    value = max(s * s - _f(eps), 0.0)
     return (
-        abs(_f(gamma)) * (errors.xhat_shift + errors.xhat_slope * abs(_f(xhat)))
-        + rounding.u * abs(_f(beta))
-        + rounding.out * abs(_f(y))
-        + rounding.out_floor
+        (2.0 * s + stddev_error) * stddev_error
+        + 4.0 * rounding.u * (s * s + _f(eps))
+        + rounding.stats * value
+        + rounding.stats_floor
     )
+
+
+def renorm_errors(
+    errors: Errors,
+    rounding: Rounding,
+    m: Number,
+    mean: Number,
+    mean_error: float,
+    den: Number,
+    den_error: float,
+    d: Number,
+) -> tuple[float, float]:
+    """Of r = sd/den, relative, and of d = (m - mean)/den, before they are clipped."""
+    below = _f(den)
+    relative = den_error / below + 4.0 * rounding.u
+    of_mean = errors.mean + mean_error + 2.0 * rounding.u * (abs(_f(m)) + abs(_f(mean)))
+    return errors.rho + relative, of_mean / below + relative * abs(_f(d))
+
+
+def xhat_error(errors: Errors, xhat: Number) -> float:
+    """Of xhat."""
+    return errors.xhat_shift + errors.xhat_slope * abs(_f(xhat))
+
+
+def corrected_error(
+    errors: Errors, rounding: Rounding, xhat: Number, r: Number, r_error: float, d: Number, d_error: float, s: Number,
+    b: Number,
+) -> float:  # fmt: skip
+    """Of z = (xhat r + d) s + b: each factor's own error, and a rounding for each operation."""
+    h, ar, ad, scale = abs(_f(xhat)), abs(_f(r)), abs(_f(d)), abs(_f(s))
+    inner = ar * xhat_error(errors, xhat) + ar * h * r_error + d_error + 2.0 * rounding.u * (ar * h + ad)
+    return scale * inner + 2.0 * rounding.u * (scale * (ar * h + ad) + abs(_f(b)))
+
+
+def output_error(rounding: Rounding, gamma: Number, beta: Number, z_error: float, y: Number) -> float:
+    """Of y = gamma z + beta, where z is xhat or what it became."""
+    return abs(_f(gamma)) * z_error + rounding.u * abs(_f(beta)) + rounding.out * abs(_f(y)) + rounding.out_floor
 
 
 @dataclass(frozen=True)
@@ -132,39 +206,47 @@ def gradient_sums(errors: Errors, dy: Sequence[Number], xhat: Sequence[Number]) 
     return Sums(fsum(ad), fsum(a * e for a, e in zip(ad, per_element, strict=True)))
 
 
+def product_sum_error(errors: Errors, dy: Sequence[Number], z: Sequence[Number], z_error: Sequence[float]) -> float:
+    """Of sum dy z: z's errors, and the roundings of the products and their sum."""
+    return fsum(abs(_f(d)) * (e + errors.ku * abs(_f(value))) for d, value, e in zip(dy, z, z_error, strict=True))
+
+
 def dx_error(
-    errors: Errors, rounding: Rounding, sums: Sums, factor: Number, dy: Number, xhat: Number, p: Number, s2: Number,
-    dx: Number,
+    errors: Errors, rounding: Rounding, sums: Sums, factor: Number, factor_error: float, dy: Number, xhat: Number,
+    p: Number, s2: Number, dx: Number,
 ) -> float:  # fmt: skip
-    """Of dx = factor (dy - p (S1 + xhat S2)), factor = gamma/sd."""
+    """Of dx = factor (dy - p (S1 + xhat S2)), factor = gamma r/sd, where r has the relative error `factor_error`."""
     h, share, product = abs(_f(xhat)), _f(p), abs(_f(s2))
     terms = errors.ku * abs(_f(dy)) + share * (
         errors.ku * sums.dy + h * sums.s2_error + (errors.xhat_shift + errors.xhat_slope * h) * product
     )
-    return abs(_f(factor)) * terms + (errors.rho + rounding.out) * abs(_f(dx)) + rounding.out_floor
+    relative = errors.rho + factor_error + rounding.out
+    return abs(_f(factor)) * terms + relative * abs(_f(dx)) + rounding.out_floor
 
 
-def dgamma_error(errors: Errors, rounding: Rounding, sums: Sums, dgamma: Number) -> float:
-    """Of dgamma = sum dy xhat."""
-    return sums.s2_error + rounding.param * abs(_f(dgamma)) + rounding.param_floor
-
-
-def dbeta_error(errors: Errors, rounding: Rounding, sums: Sums, dbeta: Number) -> float:
+def dbeta_error(rounding: Rounding, dy: Sequence[Number]) -> float:
     """Of dbeta = sum dy."""
-    return errors.ku * sums.dy + rounding.param * abs(_f(dbeta)) + rounding.param_floor
+    ku = (8.0 + sqrt(len(dy))) * rounding.u
+    return rounded(rounding.param, rounding.param_floor, ku * fsum(abs(_f(d)) for d in dy), fsum(_f(d) for d in dy))
+
+
+def rounded(unit: float, floor: float, error: float, value: Number) -> float:
+    """An error, and the last rounding of the result."""
+    return error + unit * abs(_f(value)) + floor
 
 
 def dweight_error(
-    errors: Errors, rounding: Rounding, sums: Sums, factor: Number, xhat: Number, ratio: Number, s1: Number, s2: Number
-) -> float:
-    """Of one position's part of dw = -factor (xhat S1 + (xhat^2 - v/(v+eps))/2 S2), factor = gamma/W."""
+    errors: Errors, rounding: Rounding, sums: Sums, factor: Number, factor_error: float, xhat: Number, ratio: Number,
+    s1: Number, s2: Number,
+) -> float:  # fmt: skip
+    """Of one position's part of dw = -factor (xhat S1 + (xhat^2 - v/(v+eps))/2 S2), factor = gamma r/W."""
     h, r = abs(_f(xhat)), _f(ratio)
     a1, a2 = abs(_f(s1)), abs(_f(s2))
-    xhat_error = errors.xhat_shift + errors.xhat_slope * h
+    at = xhat_error(errors, xhat)
     half = (h * h + r) / 2
     return abs(_f(factor)) * (
-        xhat_error * a1 + h * errors.ku * sums.dy + (h * xhat_error + errors.rho * r / 2) * a2 + half * sums.s2_error
-        + errors.ku * (h * a1 + half * a2)
+        at * a1 + h * errors.ku * sums.dy + (h * at + errors.rho * r / 2) * a2 + half * sums.s2_error
+        + (errors.ku + factor_error) * (h * a1 + half * a2)
     )  # fmt: skip
 
 

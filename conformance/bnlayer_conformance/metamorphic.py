@@ -81,11 +81,11 @@ class Bench:
             s1, s2 = float(dys[c].sum()), float((dys[c] * xhat).sum())
             factor = gamma / np.sqrt(v + eps)
             for i, (h, d) in enumerate(zip(xhat, dys[c], strict=True)):
-                y[c, i] = bounds.output_error(errors, rounding, gamma, beta, h, gamma * h + beta)
+                y[c, i] = bounds.output_error(rounding, gamma, beta, bounds.xhat_error(errors, h), gamma * h + beta)
                 out = factor * (d - p * (s1 + h * s2))
-                dx[c, i] = bounds.dx_error(errors, rounding, sums, factor, d, h, p, s2, out)
+                dx[c, i] = bounds.dx_error(errors, rounding, sums, factor, 0.0, d, h, p, s2, out)
             mean[c], variance[c] = errors.mean + rounding.u * abs(m), errors.variance + rounding.u * v
-            dgamma[c] = bounds.dgamma_error(errors, rounding, sums, s2)
+            dgamma[c] = bounds.rounded(rounding.param, rounding.param_floor, sums.s2_error, s2)
         return {"y": self._back(y, x.shape), "dx": self._back(dx, x.shape), "moving_mean": mean,
                 "moving_variance": variance, "dgamma": dgamma}  # fmt: skip
 

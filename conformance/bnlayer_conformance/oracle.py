@@ -10,7 +10,7 @@ A tensor here is a flat list of numbers in row-major order, and a shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
@@ -33,14 +33,15 @@ class Bounded:
     tolerance: list[float]
 
 
-@dataclass
-class Average:
-    """The moving statistics of one channel, with the error that may have built up on them."""
+@dataclass(frozen=True)
+class Tracked:
+    """One average of one channel, and the error that may have built up on it."""
 
-    mean: Number
-    variance: Number
-    mean_error: float = 0.0
-    variance_error: float = 0.0
+    value: Number
+    error: float = 0.0
+
+
+Averages = dict[str, Tracked]  # one channel's, by the state arrays' names
 
 
 @dataclass
@@ -49,7 +50,7 @@ class State:
 
     gamma: Numbers | None
     beta: Numbers | None
-    averages: list[Average] | None
+    averages: list[Averages] | None
     num_updates: int
 
 
@@ -66,6 +67,7 @@ class OneCall:
     weight_of: Sequence[int] | None = None
     real_weights: int | None = None  # how many weights want a gradient; None for a mask
     weights_dtype: str = "float32"
+    adjustment: tuple[Numbers, Numbers] | None = None  # spread to every element of x
 
 
 @dataclass
@@ -80,17 +82,37 @@ class CallResult:
 
 
 @dataclass
-class Channel:
-    """One channel of one call: its data, what normalizes it, and the bounds' ingredients."""
+class Batch:
+    """What one channel of one (ghost) batch contributes to the averages."""
 
-    x: Numbers
-    gamma: Number
-    beta: Number
+    total: Number
     m: Number
     v: Number
-    p: Numbers | None  # w/W per position; None: the moving statistics normalize
+    u: Number
     errors: bounds.Errors
-    xhat: Numbers = field(default_factory=list)
+
+
+@dataclass
+class Channel:
+    """One channel of one (ghost) batch: its data, what normalizes it, and the bounds' ingredients.
+
+    `z` is what gamma scales: (xhat r + d) s + b.
+    """
+
+    where: list[int]
+    w: Numbers
+    gamma: Number
+    beta: Number
+    v: Number
+    sd: Number
+    p: Numbers | None  # w/W per position; None: the moving statistics normalize
+    r: Number
+    scale: Numbers
+    errors: bounds.Errors
+    r_error: float  # relative
+    xhat: Numbers
+    z: Numbers
+    z_error: list[float]
 
 
 def step(
@@ -101,6 +123,7 @@ def step(
     training: bool,
     update_stats: bool = True,
     frozen_statistics: bool = False,
+    renorm_clips: dict[str, Any] | None = None,
 ) -> tuple[list[CallResult], State]:
     """One step: every call in order, each seeing the averages the one before left; gradients of each call.
 
@@ -108,8 +131,11 @@ def step(
         spec: a spec's fields by name.
         state: before the step.
         calls: the step's calls.
+        renorm_clips: clips that hold in this step instead of the spec's.
     """
     training = training and not frozen_statistics
+    if spec["renorm"] is not None and renorm_clips is not None:
+        spec = {**spec, "renorm": {**spec["renorm"], **renorm_clips}}
     results = []
     for call in calls:
         result, state = _call(spec, state, call, training=training, update_stats=update_stats)
@@ -120,45 +146,152 @@ def step(
 def _call(
     spec: dict[str, Any], state: State, call: OneCall, *, training: bool, update_stats: bool
 ) -> tuple[CallResult, State]:
-    eps, tracked = mpf(spec["epsilon"]), bool(spec["track_moving_stats"])
-    places = channel_places(call.shape, spec["axis"])
-    count = len(places[0])
-    w = call.weights if call.weights is not None else [mpf(1)] * count
-    total = mp.fsum(w)
-    batch = (training or not tracked) and count > 0 and total > 0
+    tracked = bool(spec["track_moving_stats"])
     rounding = bounds.Rounding(call.dtype, spec["param_dtype"], spec["stats_dtype"])
-    update = training and tracked and update_stats and batch
+    places = channel_places(call.shape, spec["axis"])
+    weights = call.weights if call.weights is not None else [mpf(1)] * len(places[0])
+    rows = [i // prod(call.shape[1:]) for i in places[0]]
+
+    channels: list[list[Channel]] = []  # by ghost, then by channel
+    batches: list[list[Batch]] = [[] for _ in places]
+    for ghost in ghosts(spec, call.shape[0]) if training else [range(call.shape[0])]:
+        inside = [k for k, row in enumerate(rows) if row in ghost]
+        w = [weights[k] for k in inside]
+        total = mp.fsum(w)
+        batch = (training or not tracked) and len(w) > 0 and total > 0
+        of_ghost = []
+        for c, where in enumerate(places):
+            mine = [where[k] for k in inside]
+            x = [call.x[i] for i in mine]
+            old = state.averages[c] if state.averages is not None else None
+            found = _moments_of(x, w, total, spec, rounding) if batch else None
+            if found is not None:
+                batches[c].append(found)
+            of_ghost.append(_channel(spec, state, call, c, mine, x, w, found, old, rounding, training))
+        channels.append(of_ghost)
+
+    enters = training and tracked and update_stats and all(batches)
     t = state.num_updates + 1
-    decay = 1 - mpf(1) / t if spec["decay"] == "cumulative" else mpf(spec["decay"])
-
-    channels, averages = [], []
-    for c, where in enumerate(places):
-        x = [call.x[i] for i in where]
-        old = state.averages[c] if state.averages is not None else Average(mpf(0), mpf(1))
-        if batch:
-            m, v, u, one_over_n = moments(x, w)
-            errors = bounds.batch_errors(rounding, count, m, v, u, one_over_n, eps)
-            new = u if spec["moving_variance_estimator"] == "unbiased" else v
-            new_error = errors.unbiased if spec["moving_variance_estimator"] == "unbiased" else errors.variance
-            keep = spec["nonfinite"] == "keep" and not (mp.isfinite(m) and mp.isfinite(v))
-            averages.append(old if keep else _moved(old, decay, m, new, errors.mean, new_error, rounding))
-            p = [wi / total for wi in w]
-        else:
-            m, v, p = old.mean, old.variance, None
-            errors = bounds.moving_errors(rounding, m, v, old.mean_error, old.variance_error, eps)
-            averages.append(old)
-        gamma = state.gamma[c] if state.gamma is not None else mpf(1)
-        beta = state.beta[c] if state.beta is not None else mpf(0)
-        channel = Channel(x, gamma, beta, m, v, p, errors)
-        sd = mp.sqrt(v + eps)
-        channel.xhat = [(xi - m) / sd for xi in x]
-        channels.append(channel)
-
-    after = State(state.gamma, state.beta, averages if update else state.averages, t if update else state.num_updates)
-    result = CallResult(y=_scatter(call, places, [_output(ch, rounding) for ch in channels]))
+    averages = state.averages
+    if enters and state.averages is not None:
+        averages = [
+            _moved(spec, old, _joined(parts, rounding), t, rounding)
+            for old, parts in zip(state.averages, batches, strict=True)
+        ]
+    after = State(state.gamma, state.beta, averages, t if enters else state.num_updates)
+    result = CallResult(y=_scatter(call, [(ch.where, _output(ch, rounding)) for ghost in channels for ch in ghost]))
     if call.dy is not None:
-        _gradients(spec, call, places, channels, total, w, rounding, result)
+        _gradients(spec, call, places, channels, rounding, result)
     return result, after
+
+
+def ghosts(spec: dict[str, Any], rows: int) -> list[range]:
+    """The rows of each ghost batch; all rows together without ghosts."""
+    size = spec["virtual_batch_size"]
+    if size is None or rows == 0:
+        return [range(rows)]
+    number = -(-rows // size)
+    if spec["virtual_batch_layout"] == "strided":
+        return [range(g, rows, number) for g in range(number)]
+    cuts = [0]
+    for g in range(number):  # the first `rows % number` ghosts take one row more
+        cuts.append(cuts[-1] + rows // number + (1 if g < rows % number else 0))
+    return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def _moments_of(x: Numbers, w: Numbers, total: Number, spec: dict[str, Any], rounding: bounds.Rounding) -> Batch:
+    m, v, u, one_over_n = moments(x, w)
+    errors = bounds.batch_errors(rounding, len(x), m, v, u, one_over_n, mpf(spec["epsilon"]))
+    return Batch(total, m, v, u, errors)
+
+
+def _channel(
+    spec: dict[str, Any], state: State, call: OneCall, c: int, where: list[int], x: Numbers, w: Numbers,
+    batch: Batch | None, old: Averages | None, rounding: bounds.Rounding, training: bool,
+) -> Channel:  # fmt: skip
+    eps = mpf(spec["epsilon"])
+    r, d, r_error, d_error = mpf(1), mpf(0), 0.0, 0.0
+    scale, bias = [mpf(1)] * len(x), [mpf(0)] * len(x)
+    if batch is not None:
+        m, v, errors = batch.m, batch.v, batch.errors
+        sd = mp.sqrt(v + eps)
+        if spec["renorm"] is not None and old is not None and training:
+            r, d, r_error, d_error = _renorm(spec["renorm"], old, batch, sd, mp.sqrt(eps), rounding)
+        if call.adjustment is not None and training:
+            scale, bias = ([values[i] for i in where] for values in call.adjustment)
+    else:
+        mean = old["moving_mean"] if old is not None else Tracked(mpf(0))
+        variance = old["moving_variance"] if old is not None else Tracked(mpf(1))
+        m, v = mean.value, variance.value
+        errors = bounds.moving_errors(rounding, len(x), m, v, mean.error, variance.error, eps)
+        sd = mp.sqrt(v + eps)
+    xhat = [(xi - m) / sd for xi in x]
+    z = [(h * r + d) * s + b for h, s, b in zip(xhat, scale, bias, strict=True)]
+    plain = spec["renorm"] is None and call.adjustment is None
+    z_error = [
+        bounds.xhat_error(errors, h)
+        if plain
+        else bounds.corrected_error(errors, rounding, h, r, r_error, d, d_error, s, b)
+        for h, s, b in zip(xhat, scale, bias, strict=True)
+    ]
+    return Channel(
+        where=where,
+        w=w,
+        gamma=state.gamma[c] if state.gamma is not None else mpf(1),
+        beta=state.beta[c] if state.beta is not None else mpf(0),
+        v=v,
+        sd=sd,
+        p=[wi / batch.total for wi in w] if batch is not None else None,
+        r=r,
+        scale=scale,
+        errors=errors,
+        r_error=r_error,
+        xhat=xhat,
+        z=z,
+        z_error=z_error,
+    )
+
+
+def _renorm(
+    renorm: dict[str, Any], old: Averages, batch: Batch, sd: Number, floor: Number, rounding: bounds.Rounding
+) -> tuple[Number, Number, float, float]:
+    """r = sd/den and d = (m - renorm_mean)/den, clipped, den = max(renorm_stddev, sqrt(eps)); their errors."""
+    mean, stddev = old["renorm_mean"], old["renorm_stddev"]
+    den = max(stddev.value, floor)
+    raw_r, raw_d = sd / den, (batch.m - mean.value) / den
+    r, d = raw_r, raw_d
+    if renorm["r_min"] is not None:
+        r = max(r, mpf(renorm["r_min"]))
+    if renorm["r_max"] is not None:
+        r = min(r, mpf(renorm["r_max"]))
+    if renorm["d_max"] is not None:
+        d = max(-mpf(renorm["d_max"]), min(d, mpf(renorm["d_max"])))
+    r_error, d_error = bounds.renorm_errors(
+        batch.errors, rounding, batch.m, mean.value, mean.error, den, stddev.error, raw_d
+    )
+    # A clip passes on no more error than it gets, and none where it holds by a margin.
+    r_held = abs(raw_r - r) > 2 * r_error * raw_r
+    d_held = abs(raw_d - d) > 2 * d_error
+    return r, d, rounding.u if r_held else r_error, rounding.u * abs(float(d)) if d_held else d_error
+
+
+def _joined(parts: list[Batch], rounding: bounds.Rounding) -> Batch:
+    """What enters for several ghosts: the means of theirs, by their total weights."""
+    if len(parts) == 1:
+        return parts[0]
+    total = mp.fsum(part.total for part in parts)
+
+    def mean(values: Numbers) -> Number:
+        return mp.fsum(part.total * value for part, value in zip(parts, values, strict=True)) / total
+
+    shares = [float(part.total / total) for part in parts]
+    return Batch(
+        total,
+        mean([part.m for part in parts]),
+        mean([part.v for part in parts]),
+        mean([part.u for part in parts]),
+        bounds.joined_errors([part.errors for part in parts], shares, [(p.m, p.v, p.u) for p in parts], rounding),
+    )
 
 
 def moments(x: Numbers, w: Numbers) -> tuple[Number, Number, Number, Number]:
@@ -175,65 +308,112 @@ def moments(x: Numbers, w: Numbers) -> tuple[Number, Number, Number, Number]:
     return m, v, u, one_over_n
 
 
-def _moved(
-    old: Average, decay: Number, mean: Number, variance: Number, mean_error: float, variance_error: float,
-    rounding: bounds.Rounding,
-) -> Average:  # fmt: skip
-    return Average(
-        decay * old.mean + (1 - decay) * mean,
-        decay * old.variance + (1 - decay) * variance,
-        bounds.average_error(rounding, decay, old.mean, old.mean_error, mean, mean_error),
-        bounds.average_error(rounding, decay, old.variance, old.variance_error, variance, variance_error),
-    )
+def _moved(spec: dict[str, Any], old: Averages, batch: Batch, t: int, rounding: bounds.Rounding) -> Averages:
+    """One channel's averages after one update."""
+    if spec["nonfinite"] == "keep" and not (mp.isfinite(batch.m) and mp.isfinite(batch.v)):
+        return old
+    eps, errors = mpf(spec["epsilon"]), batch.errors
+    d = 1 - mpf(1) / t if spec["decay"] == "cumulative" else mpf(spec["decay"])
+    unbiased = spec["moving_variance_estimator"] == "unbiased"
+    entering = Tracked(batch.u, errors.unbiased) if unbiased else Tracked(batch.v, errors.variance)
+    mean = Tracked(batch.m, errors.mean)
+
+    def average(name: str, new: Tracked, decay: Number = d) -> Tracked:
+        was = old[name]
+        error = bounds.average_error(rounding, decay, was.value, was.error, new.value, new.error)
+        return Tracked(decay * was.value + (1 - decay) * new.value, error)
+
+    def debiased(hidden: Tracked) -> Tracked:
+        started = 1 - d**t
+        value = hidden.value / started
+        return Tracked(value, bounds.debiased_error(rounding, hidden.error, started, value))
+
+    if spec["renorm"] is not None:
+        stddev = Tracked(mp.sqrt(batch.v + eps), errors.rho * float(mp.sqrt(batch.v + eps)))
+        deviation = average("moving_stddev", stddev)
+        squared = deviation.value**2 - eps
+        return {
+            "renorm_mean": average("renorm_mean", mean, mpf(spec["renorm"]["decay"])),
+            "renorm_stddev": average("renorm_stddev", stddev, mpf(spec["renorm"]["decay"])),
+            "moving_mean": average("moving_mean", mean),
+            "moving_stddev": deviation,
+            "moving_variance": Tracked(
+                max(squared, mpf(0)), bounds.squared_error(rounding, deviation.value, deviation.error, eps)
+            ),
+        }
+    after: Averages = {}
+    if spec["zero_debias"] == "none":
+        after["moving_mean"] = average("moving_mean", mean)
+    else:
+        after["hidden_mean"] = average("hidden_mean", mean)
+        after["moving_mean"] = debiased(after["hidden_mean"])
+    if spec["zero_debias"] == "all":
+        after["hidden_variance"] = average("hidden_variance", entering)
+        after["moving_variance"] = debiased(after["hidden_variance"])
+    else:
+        after["moving_variance"] = average("moving_variance", entering)
+    return after
 
 
 def _output(ch: Channel, rounding: bounds.Rounding) -> Bounded:
-    y = [ch.gamma * h + ch.beta for h in ch.xhat]
-    errors = [
-        bounds.output_error(ch.errors, rounding, ch.gamma, ch.beta, h, yi) for h, yi in zip(ch.xhat, y, strict=True)
-    ]
+    y = [ch.gamma * z + ch.beta for z in ch.z]
+    errors = [bounds.output_error(rounding, ch.gamma, ch.beta, e, yi) for e, yi in zip(ch.z_error, y, strict=True)]
     return Bounded(y, errors)
 
 
 def _gradients(
-    spec: dict[str, Any], call: OneCall, places: list[list[int]], channels: list[Channel], total: Number, w: Numbers,
+    spec: dict[str, Any], call: OneCall, places: list[list[int]], channels: list[list[Channel]],
     rounding: bounds.Rounding, result: CallResult,
 ) -> None:  # fmt: skip
     assert call.dy is not None
-    eps = mpf(spec["epsilon"])
-    dx, dgamma, dbeta = [], Bounded([], []), Bounded([], [])
+    eps, features = mpf(spec["epsilon"]), len(places)
+    position = {i: k for where in places for k, i in enumerate(where)}
+    dx: list[tuple[list[int], Bounded]] = []
+    dgamma = Bounded([mpf(0)] * features, [0.0] * features)
     dweights = Bounded([mpf(0)] * (call.real_weights or 0), [0.0] * (call.real_weights or 0))
-    for ch, where in zip(channels, places, strict=True):
-        dy = [call.dy[i] for i in where]
-        # What lies under a mask and is not finite takes no part, as long as no gradient is sent there (dy = 0).
-        xhat = [h if wi > 0 or mp.isfinite(h) else mpf(0) for h, wi in zip(ch.xhat, w, strict=True)]
-        s1, s2 = mp.fsum(dy), mp.fsum(d * h for d, h in zip(dy, xhat, strict=True))
-        sd = mp.sqrt(ch.v + eps)
-        p = ch.p if ch.p is not None else [mpf(0)] * len(dy)
-        dxs = [ch.gamma / sd * (d - pi * (s1 + h * s2)) for d, h, pi in zip(dy, xhat, p, strict=True)]
-        sums = bounds.gradient_sums(ch.errors, dy, xhat)
-        dx.append(Bounded(dxs, [
-            bounds.dx_error(ch.errors, rounding, sums, ch.gamma / sd, d, h, pi, s2, dxi)
-            for d, h, pi, dxi in zip(dy, xhat, p, dxs, strict=True)
-        ]))  # fmt: skip
-        dgamma.values.append(s2)
-        dgamma.tolerance.append(bounds.dgamma_error(ch.errors, rounding, sums, s2))
-        dbeta.values.append(s1)
-        dbeta.tolerance.append(bounds.dbeta_error(ch.errors, rounding, sums, s1))
-        if call.real_weights is not None and ch.p is not None:
-            assert call.weight_of is not None
-            r = ch.v / (ch.v + eps)
-            for i, h in zip(call.weight_of, xhat, strict=True):
-                dweights.values[i] += -ch.gamma / total * (h * s1 + (h * h - r) / 2 * s2)
-                dweights.tolerance[i] += bounds.dweight_error(ch.errors, rounding, sums, ch.gamma / total, h, r, s1, s2)
-    result.dx = _scatter(call, places, dx)
-    result.dgamma = dgamma if spec["scale"] else None
-    result.dbeta = dbeta if spec["center"] else None
+    for ghost in channels:
+        for c, ch in enumerate(ghost):
+            dy = [call.dy[i] for i in ch.where]
+            # What lies under a mask and is not finite takes no part, as long as no gradient is sent there (dy = 0).
+            sound = [wi > 0 or mp.isfinite(h) for h, wi in zip(ch.xhat, ch.w, strict=True)]
+            xhat = [h if ok else mpf(0) for h, ok in zip(ch.xhat, sound, strict=True)]
+            z = [zi if ok else mpf(0) for zi, ok in zip(ch.z, sound, strict=True)]
+            g = [d * s for d, s in zip(dy, ch.scale, strict=True)]
+            s1, s2 = mp.fsum(g), mp.fsum(gi * h for gi, h in zip(g, xhat, strict=True))
+            p = ch.p if ch.p is not None else [mpf(0)] * len(dy)
+            factor = ch.gamma * ch.r / ch.sd
+            dxs = [factor * (gi - pi * (s1 + h * s2)) for gi, h, pi in zip(g, xhat, p, strict=True)]
+            sums = bounds.gradient_sums(ch.errors, g, xhat)
+            dx.append((ch.where, Bounded(dxs, [
+                bounds.dx_error(ch.errors, rounding, sums, factor, ch.r_error, gi, h, pi, s2, dxi)
+                for gi, h, pi, dxi in zip(g, xhat, p, dxs, strict=True)
+            ])))  # fmt: skip
+            dgamma.values[c] += mp.fsum(d * zi for d, zi in zip(dy, z, strict=True))
+            dgamma.tolerance[c] += bounds.product_sum_error(ch.errors, dy, z, ch.z_error)
+            if call.real_weights is not None and ch.p is not None:
+                assert call.weight_of is not None
+                ratio, total = ch.v / (ch.v + eps), mp.fsum(ch.w)
+                for i, h in zip(ch.where, xhat, strict=True):
+                    k = call.weight_of[position[i]]
+                    term = -ch.gamma * ch.r / total * (h * s1 + (h * h - ratio) / 2 * s2)
+                    dweights.values[k] += term
+                    dweights.tolerance[k] += bounds.dweight_error(
+                        ch.errors, rounding, sums, ch.gamma * ch.r / total, ch.r_error, h, ratio, s1, s2
+                    )
+    result.dx = _scatter(call, dx)
+    if spec["scale"]:
+        result.dgamma = Bounded(dgamma.values, [
+            bounds.rounded(rounding.param, rounding.param_floor, e, v)
+            for v, e in zip(dgamma.values, dgamma.tolerance, strict=True)
+        ])  # fmt: skip
+    if spec["center"]:
+        dys = [[call.dy[i] for i in where] for where in places]
+        result.dbeta = Bounded([mp.fsum(dy) for dy in dys], [bounds.dbeta_error(rounding, dy) for dy in dys])
     if call.real_weights is not None:
         # The last rounding, to the weights' own dtype.
         out = bounds.unit_roundoff(call.weights_dtype)
         dweights.tolerance[:] = [
-            e + out * abs(float(g)) for e, g in zip(dweights.tolerance, dweights.values, strict=True)
+            e + out * abs(float(v)) for e, v in zip(dweights.tolerance, dweights.values, strict=True)
         ]  # fmt: skip
         result.dweights = dweights
 
@@ -248,10 +428,10 @@ def channel_places(shape: tuple[int, ...], axis: int) -> list[list[int]]:
     return places
 
 
-def _scatter(call: OneCall, places: list[list[int]], parts: list[Bounded]) -> Bounded:
+def _scatter(call: OneCall, parts: list[tuple[list[int], Bounded]]) -> Bounded:
     values: Numbers = [None] * len(call.x)
     tolerance = [0.0] * len(call.x)
-    for where, part in zip(places, parts, strict=True):
+    for where, part in parts:
         for i, value, error in zip(where, part.values, part.tolerance, strict=True):
             values[i], tolerance[i] = value, error
     return Bounded(values, tolerance)

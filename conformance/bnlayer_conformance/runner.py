@@ -224,10 +224,11 @@ def _located(where: object, findings: Iterable[Finding]) -> Iterator[Finding]:
 
 def _request(step: Step) -> Request:
     return Request(
-        tuple(Call(call.x, dy=call.dy, weights=call.weights) for call in step.calls),
+        tuple(Call(call.x, dy=call.dy, weights=call.weights, adjustment=call.adjustment) for call in step.calls),
         training=step.do != "eval",
         update_stats=step.update_stats,
         frozen_statistics=step.frozen_statistics,
+        renorm_clips=step.renorm_clips,
     )
 
 

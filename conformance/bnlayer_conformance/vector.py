@@ -52,6 +52,7 @@ class VectorCall:
     x: NDArray
     dy: NDArray | None
     weights: NDArray | None
+    adjustment: tuple[NDArray, NDArray] | None
     expect: Mapping[str, Expected]
 
 
@@ -62,7 +63,7 @@ class Step:
     Attributes:
         do: "train", "eval", "call_twice", "set" or "rebuild".
         calls: of the first three.
-        update_stats, frozen_statistics: of the first three.
+        update_stats, frozen_statistics, renorm_clips: of the first three.
         expect: dgamma, dbeta and the state's arrays after the step.
         num_updates: the counter after the step.
         state: what "set" changes: arrays by name, or num_updates.
@@ -72,6 +73,7 @@ class Step:
     calls: tuple[VectorCall, ...]
     update_stats: bool
     frozen_statistics: bool
+    renorm_clips: Mapping[str, float | None] | None
     expect: Mapping[str, Expected]
     num_updates: int | None
     state: Mapping[str, Any]
@@ -195,6 +197,7 @@ def _step(entry: Any) -> Step:
         calls=tuple(_call(call) for call in entry.get("calls", ())),
         update_stats=entry.get("update_stats", True),
         frozen_statistics=entry.get("frozen_statistics", False),
+        renorm_clips=entry.get("renorm_clips"),
         expect={name: _expected(value) for name, value in expect.items() if name != "num_updates"},
         num_updates=expect.get("num_updates"),
         state={n: v if n == "num_updates" else array(v) for n, v in entry.get("state", {}).items()},
@@ -202,11 +205,12 @@ def _step(entry: Any) -> Step:
 
 
 def _call(entry: Any) -> VectorCall:
-    dy, weights = entry.get("dy"), entry.get("weights")
+    dy, weights, adjustment = entry.get("dy"), entry.get("weights"), entry.get("adjustment")
     return VectorCall(
         x=laid_out(array(entry["x"]), entry.get("view", "contiguous")),
         dy=None if dy is None else laid_out(array(dy), entry.get("dy_view", "contiguous")),
         weights=None if weights is None else array(weights),
+        adjustment=None if adjustment is None else (array(adjustment["scale"]), array(adjustment["bias"])),
         expect={name: _expected(value) for name, value in entry.get("expect", {}).items()},
     )
 

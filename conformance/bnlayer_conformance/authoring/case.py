@@ -34,6 +34,7 @@ class CallCase:
         shape, dtype, mean, std: of a drawn x; mean and std may be one number per channel.
         x, dy, weights: given data. dy=False asks for no gradients.
         poison: places of x (index tuples) and what to put there.
+        adjustment: scale and bias, of x's dtype.
         masked_dy: dy is 0 wherever the weights are 0.
     """
 
@@ -45,6 +46,7 @@ class CallCase:
     dy: Data = None
     weights: Data = None
     weights_dtype: str = "bool"
+    adjustment: tuple[Data, Data] | None = None
     view: str = "contiguous"
     dy_view: str = "contiguous"
     poison: Mapping[tuple[Any, ...], float] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class StepCase:
     calls: tuple[CallCase, ...] = ()
     update_stats: bool = True
     frozen_statistics: bool = False
+    renorm_clips: Mapping[str, float | None] | None = None
     state: Mapping[str, Data] = field(default_factory=dict)
 
 
@@ -75,14 +78,19 @@ class Case:
     refusal: tuple[str, str | int] | None = None
 
 
-def train(*, update_stats: bool = True, frozen_statistics: bool = False, **call: Any) -> StepCase:
-    """A training step of one call."""
-    return StepCase("train", (CallCase(**call),), update_stats, frozen_statistics)
+def train(**options: Any) -> StepCase:
+    """A training step of one call; options of the step and of the call together."""
+    return _one("train", options)
 
 
-def evaluate(*, update_stats: bool = True, frozen_statistics: bool = False, **call: Any) -> StepCase:
-    """An eval step of one call."""
-    return StepCase("eval", (CallCase(**call),), update_stats, frozen_statistics)
+def evaluate(**options: Any) -> StepCase:
+    """An eval step of one call; options of the step and of the call together."""
+    return _one("eval", options)
+
+
+def _one(do: str, options: dict[str, Any]) -> StepCase:
+    step = {n: options.pop(n) for n in ("update_stats", "frozen_statistics", "renorm_clips") if n in options}
+    return StepCase(do, (CallCase(**options),), **step)
 
 
 def call_twice(first: Mapping[str, Any], second: Mapping[str, Any], **options: Any) -> StepCase:
@@ -166,6 +174,11 @@ def _starting_state(name: str, spec: BatchNormSpec, case: Case) -> dict[str, Any
         "beta": draw.normal(f"{name}/beta", (c,), "float64"),
         "moving_mean": draw.normal(f"{name}/moving_mean", (c,), "float64"),
         "moving_variance": draw.uniform(f"{name}/moving_variance", (c,), "float64", 0.5, 2.0),
+        "hidden_mean": np.zeros(c),
+        "hidden_variance": np.zeros(c),
+        "renorm_mean": draw.normal(f"{name}/renorm_mean", (c,), "float64", mean=0.5, std=0.5),
+        "renorm_stddev": draw.uniform(f"{name}/renorm_stddev", (c,), "float64", 1.0, 2.0),
+        "moving_stddev": draw.uniform(f"{name}/moving_stddev", (c,), "float64", 0.75, 1.5),
     }
     state = {n: drawn[n].astype(array_dtype(spec, n)) for n in array_names(spec)}
     state["num_updates"] = 0
@@ -191,12 +204,20 @@ def _oracle_state(state: Mapping[str, Any], spec: BatchNormSpec) -> oracle.State
     def numbers(name: str) -> list[Any] | None:
         return None if state.get(name) is None else exact(state[name])
 
-    means, variances = numbers("moving_mean"), numbers("moving_variance")
+    names = _averages(spec)
     averages = None
-    if spec.track_moving_stats and means is not None and variances is not None:
-        averages = [oracle.Average(m, v) for m, v in zip(means, variances, strict=True)]
+    if names:
+        columns = [numbers(name) or [] for name in names]
+        averages = [
+            {n: oracle.Tracked(v) for n, v in zip(names, channel, strict=True)}
+            for channel in zip(*columns, strict=True)
+        ]
     counter = state["num_updates"]
     return oracle.State(numbers("gamma"), numbers("beta"), averages, 0 if counter is None else counter)
+
+
+def _averages(spec: BatchNormSpec) -> list[str]:
+    return [name for name in array_names(spec) if name not in ("gamma", "beta")]
 
 
 def _step(
@@ -206,13 +227,15 @@ def _step(
     if step.do == "set":
         new = {k: v if k == "num_updates" else _given(v, array_dtype(spec, k)) for k, v in step.state.items()}
         entry["state"] = _state_document(new)
-        return entry, truth if refused else _overlaid(truth, new)
+        return entry, truth if refused else _overlaid(truth, new, spec)
     if step.do == "rebuild":
         return entry, truth
     if not step.update_stats:
         entry["update_stats"] = False
     if step.frozen_statistics:
         entry["frozen_statistics"] = True
+    if step.renorm_clips is not None:
+        entry["renorm_clips"] = dict(step.renorm_clips)
     drawn = [_drawn(f"{name}/{i}", spec, call) for i, call in enumerate(step.calls)]
     entry["calls"] = [_call_document(call) for call in drawn]
     if refused:
@@ -224,6 +247,7 @@ def _step(
         training=step.do != "eval",
         update_stats=step.update_stats,
         frozen_statistics=step.frozen_statistics,
+        renorm_clips=None if step.renorm_clips is None else dict(step.renorm_clips),
     )
     digits = 17 if any(call.dtype == "float64" for call in drawn) else 12
     for document, call, result in zip(entry["calls"], drawn, results, strict=True):
@@ -266,6 +290,9 @@ def _drawn(name: str, spec: BatchNormSpec, call: CallCase) -> CallCase:
         dy = np.array(dy).astype(_dtype(call.dtype))
     if weights is not None:
         call = replace(call, weights_dtype=weights.dtype.name)
+    if call.adjustment is not None:
+        scale, bias = (np.array(part).astype(x.dtype) for part in call.adjustment)
+        call = replace(call, adjustment=(scale, bias))
     return replace(call, x=x, dy=dy, weights=weights, dtype=x.dtype.name)
 
 
@@ -287,7 +314,15 @@ def _one_call(spec: BatchNormSpec, call: CallCase) -> oracle.OneCall:
         weight_of=weight_of,
         real_weights=real,
         weights_dtype=call.weights_dtype,
+        adjustment=_spread_adjustment(call),
     )
+
+
+def _spread_adjustment(call: CallCase) -> tuple[list[Any], list[Any]] | None:
+    if call.adjustment is None:
+        return None
+    scale, bias = (exact(np.broadcast_to(part, call.x.shape)) for part in call.adjustment)
+    return scale, bias
 
 
 def _spread(spec: BatchNormSpec, shape: tuple[int, ...], weights: NDArray) -> NDArray:
@@ -307,17 +342,14 @@ def exact(array: NDArray) -> list[Any]:
     return [mpf(float(n)) for n in array.astype(np.float64).reshape(-1)]
 
 
-def _overlaid(truth: oracle.State, new: Mapping[str, Any]) -> oracle.State:
+def _overlaid(truth: oracle.State, new: Mapping[str, Any], spec: BatchNormSpec) -> oracle.State:
     def numbers(name: str, old: Any) -> Any:
         return exact(new[name]) if name in new else old
 
-    averages = truth.averages
-    if averages is not None:
-        averages = [replace(a) for a in averages]
-        for i, value in enumerate(numbers("moving_mean", [])):
-            averages[i].mean, averages[i].mean_error = value, 0.0
-        for i, value in enumerate(numbers("moving_variance", [])):
-            averages[i].variance, averages[i].variance_error = value, 0.0
+    averages = None if truth.averages is None else [dict(channel) for channel in truth.averages]
+    for name in _averages(spec):
+        for channel, value in zip(averages or [], numbers(name, []), strict=False):
+            channel[name] = oracle.Tracked(value)
     counter = new.get("num_updates", truth.num_updates)
     return oracle.State(numbers("gamma", truth.gamma), numbers("beta", truth.beta), averages, counter)
 
@@ -336,11 +368,9 @@ def _state_expected(state: oracle.State, spec: BatchNormSpec, digits: int) -> di
         parts["gamma"] = oracle.Bounded(state.gamma, [0.0] * c)  # nothing but the optimizer moves a parameter
     if state.beta is not None:
         parts["beta"] = oracle.Bounded(state.beta, [0.0] * c)
-    if state.averages is not None:
-        parts["moving_mean"] = oracle.Bounded([a.mean for a in state.averages], [a.mean_error for a in state.averages])
-        parts["moving_variance"] = oracle.Bounded(
-            [a.variance for a in state.averages], [a.variance_error for a in state.averages]
-        )
+    for name in _averages(spec) if state.averages is not None else ():
+        tracked = [channel[name] for channel in state.averages or []]
+        parts[name] = oracle.Bounded([t.value for t in tracked], [t.error for t in tracked])
     expected: dict[str, Any] = {
         name: _expected(part, array_dtype(spec, name).name, (c,), 17 if name in ("gamma", "beta") else digits)
         for name, part in parts.items()
@@ -379,6 +409,9 @@ def _call_document(call: CallCase) -> dict[str, Any]:
             document["dy_view"] = call.dy_view
     if call.weights is not None:
         document["weights"] = array_document(call.weights)
+    if call.adjustment is not None:
+        scale, bias = call.adjustment
+        document["adjustment"] = {"scale": array_document(scale), "bias": array_document(bias)}
     return document
 
 

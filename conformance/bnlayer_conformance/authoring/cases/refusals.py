@@ -92,5 +92,12 @@ CASES = [
     _input("weights-negative", train(shape=(4, 3), weights=[1.0, 1.0, -0.5, 1.0], weights_dtype="float32", dy=False)),
     _input("weights-nan", train(shape=(4, 3), weights=[1.0, float("nan"), 1.0, 1.0], weights_dtype="float32", dy=False)),
     _input("weights-infinite", train(shape=(4, 3), weights=[1.0, float("inf"), 1.0, 1.0], weights_dtype="float32", dy=False)),
+    _input("one-value-ghost", train(shape=(5, 3)), virtual_batch_size=2),
+    _input("adjustment-ghosts", train(shape=(8, 3), adjustment=(1.0, 0.0)), virtual_batch_size=4),
+    _input("adjustment-shape", train(shape=(8, 3), adjustment=(np.ones((7, 1)), 0.0))),
+    _input("adjustment-rank", train(shape=(8, 3), adjustment=(np.ones((1, 8, 3)), 0.0))),
+    _input("clips-without-renorm", train(renorm_clips={"r_max": 3.0})),
+    _input("clips-crossed", train(renorm_clips={"r_max": 0.5, "r_min": 2.0}),
+           renorm={"r_max": None, "r_min": None, "d_max": None, "decay": 0.9}),
     _input("frozen-untracked", train(frozen_statistics=True), track_moving_stats=False),
 ]  # fmt: skip
