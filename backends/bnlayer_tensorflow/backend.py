@@ -62,8 +62,15 @@ class TensorFlowBackend:
             with tf.GradientTape() as tape:
                 tape.watch([[x for x in xs if x.dtype.is_floating], list(real.values())])
                 ys = [
-                    layer(x, training=request.training, weights=w, update_stats=request.update_stats)
-                    for x, w in zip(xs, ws, strict=True)
+                    layer(
+                        x,
+                        training=request.training,
+                        weights=w,
+                        update_stats=request.update_stats,
+                        adjustment=None if call.adjustment is None else tuple(map(tf.constant, call.adjustment)),
+                        renorm_clips=request.renorm_clips,
+                    )
+                    for call, x, w in zip(request.calls, xs, ws, strict=True)
                 ]
             asked = [i for i, call in enumerate(request.calls) if call.dy is not None]
             dxs: Any = {}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
-from bnlayer.call import CallPlan, plan_call
+from bnlayer.call import CallPlan, RenormClips, plan_call
+from bnlayer.call import renorm_clips as clips_of
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
+from .ghosts import Ghosts, ghosts_of
 from .statistics import Moments, batch_moments, updated
 from .support import MISSING
 from .weights import read_weights
@@ -24,11 +28,14 @@ def batch_norm(
     training: bool,
     weights: tf.Tensor | None = None,
     update_stats: bool = True,
+    adjustment: tuple[tf.Tensor, tf.Tensor] | None = None,
+    renorm_clips: Mapping[str, Any] | None = None,
+    decay: Any = None,
 ) -> tuple[tf.Tensor, BatchNormState[tf.Tensor]]:
     """Normalize x and update the moving statistics; eagerly, in a `tf.function`, and under `jit_compile`.
 
     Lengths of x may be unknown in a graph, its rank and its channel count may not. What then depends on them (an
-    empty batch, one value per channel) is decided when the graph runs.
+    empty batch, one value per channel, the number of ghost batches) is decided when the graph runs.
 
     Args:
         x: float16, bfloat16, float32 or float64, of rank 2 or more, `spec.num_features` long on `spec.axis`.
@@ -38,19 +45,27 @@ def batch_norm(
         weights: mask or weights of shape (N,), x's shape without the channel axis, or with 1 on it; at least 0.
             Real ones get a gradient, boolean and integer ones do not.
         update_stats: False: batch statistics normalize, but the state is returned as it came.
+        adjustment: scale and bias of the normalized values, in training only, each broadcastable to x; both get a
+            gradient.
+        renorm_clips: "r_max", "r_min" or "d_max" to what holds in place of the spec's in this call: a number, a scalar
+            tensor, or None for no clip.
+        decay: what holds in place of `spec.decay` in this call, for schedules: a number in [0, 1] or a scalar tensor.
+            zero_debias divides by 1 - decay**t with this call's decay, which may then not be 1. `renorm.decay` stays.
 
     Returns:
         y, of x's shape and dtype, and the state after: `state` itself where nothing can enter it, else new tensors,
         which carry no gradient; `num_updates` is an int64 scalar.
 
     Raises:
-        InputError: x or the weights do not fit the spec. Negative or non-finite weights, and one value per channel
-            where only the running graph can tell, raise `tf.errors.InvalidArgumentError`; XLA drops such checks.
+        InputError: x or an argument does not fit the spec. Negative or non-finite weights, and one value per channel
+            where only the running graph can tell, raise `tf.errors.InvalidArgumentError`; XLA drops such checks. The
+            values of tensors in `renorm_clips` and `decay` are not looked at.
         UnsupportedError: the spec asks for what this backend lacks.
     """
     MISSING.refuse("tensorflow", spec)
     x = tf.convert_to_tensor(x)
     given = None if weights is None else tf.convert_to_tensor(weights)
+    adjusting = None if adjustment is None else _adjustment(adjustment)
     plan = plan_call(
         spec,
         _lengths("x", x),
@@ -58,56 +73,136 @@ def batch_norm(
         training=training,
         update_stats=update_stats,
         weights_shape=None if given is None else _lengths("weights", given),
+        adjustment_shapes=None
+        if adjusting is None
+        else (_lengths("scale", adjusting[0]), _lengths("bias", adjusting[1])),
     )
-    count = _count(x, plan, spec)
+    clips = clips_of(spec, renorm_clips)
+    if decay is not None:
+        _check_decay(decay, spec)
+    count = _count(x, plan)
+    ghosts = ghosts_of(x, plan, spec)
+    _refuse_single_values(plan, spec, count, ghosts)
     work = tf.as_dtype(plan.arithmetic)
-    values = tf.cast(x, work)
-    w = None if given is None else read_weights(given, plan, count)
-    hidden = None if w is None else tf.math.logical_not(w.positive | tf.math.is_finite(values))
+    channel_shape = plan.channel_shape if ghosts is None else (1, *plan.channel_shape)
+    values = tf.cast(x, work) if ghosts is None else ghosts.split(tf.cast(x, work))
+    w = read_weights(given, plan, count, ghosts)
+    # Padding has no weight, but is finite.
+    hidden = None if given is None or w is None else tf.math.logical_not(w.positive | tf.math.is_finite(values))
 
     after = state
-    shift, rest, variance = _moving(state, plan, work)
+    by = _of_moving(state, channel_shape, work)
     if plan.batch_statistics and plan.count != 0:
-        batch = batch_moments(values, hidden, plan, count, w)
+        batch = batch_moments(values, hidden, plan, count, ghosts, w)
         if plan.update:
-            after = updated(state, batch, plan, spec)
-        shift, rest, variance = _chosen(batch, shift, rest, variance)
+            after = updated(state, batch, spec, ghosts, decay)
+        of_batch = _of_batch(batch, state, spec, clips, channel_shape)
+        if training and adjusting is not None:
+            of_batch = replace(of_batch, scale=tf.cast(adjusting[0], work), bias=tf.cast(adjusting[1], work))
+        by = of_batch if batch.present is None else _chosen(batch.present, of_batch, by)
 
-    centered = values - shift
+    gain, offset = _parameter(state.gamma, channel_shape, work), _parameter(state.beta, channel_shape, work)
+    centered = values - by.shift
     if hidden is not None:
         # Anything may lie under a mask. What is not finite there must not reach the sums of the backward pass, so
         # the computation sees the mean in its place, and y gets back what the formula gives there.
-        centered = _substituted(centered, hidden, rest)
-    gain, offset = _parameter(state.gamma, plan, work), _parameter(state.beta, plan, work)
-    scale = (1.0 if gain is None else gain) / tf.sqrt(variance + tf.constant(spec.epsilon, work))
-    y = (centered - rest) * scale
-    if offset is not None:
-        y += offset
+        centered = _substituted(centered, hidden, by.rest)
+    transform = _affine(by, gain, offset, tf.constant(spec.epsilon, work))
+    y = transform(centered - by.rest)
     if hidden is not None:
-        y = _substituted(y, hidden, values * scale)
+        y = _substituted(y, hidden, transform(values))
+    if ghosts is not None:
+        y = ghosts.join(y)
+        y.set_shape(x.shape)
     return tf.cast(y, x.dtype), after
 
 
-def _chosen(batch: Moments, shift: tf.Tensor, rest: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """The batch's statistics, or the moving ones where nothing has weight: then y comes by the eval formula."""
-    if batch.present is None:
-        return batch.shift, batch.rest, batch.variance
-    return (
-        tf.where(batch.present, batch.shift, shift),
-        tf.where(batch.present, batch.rest, rest),
-        tf.where(batch.present, batch.variance, variance),
+@dataclass(frozen=True, eq=False)
+class _Normalizer:
+    """What makes y: the mean `shift + rest`, the variance, renorm's r and dd, the adjustment's scale and bias.
+
+    None stands for an r or scale of 1, and for a dd or bias of 0.
+    """
+
+    shift: tf.Tensor
+    rest: tf.Tensor
+    variance: tf.Tensor
+    r: tf.Tensor | None = None
+    dd: tf.Tensor | None = None
+    scale: tf.Tensor | None = None
+    bias: tf.Tensor | None = None
+
+
+def _of_moving(state: BatchNormState[tf.Tensor], shape: tuple[int, ...], work: tf.DType) -> _Normalizer:
+    """The eval formula from the moving statistics; mean 0 and variance 1 where none are tracked."""
+    zero = tf.zeros(shape, work)
+    mean, variance = _parameter(state.moving_mean, shape, work), _parameter(state.moving_variance, shape, work)
+    return _Normalizer(zero if mean is None else mean, zero, tf.ones_like(zero) if variance is None else variance)
+
+
+def _of_batch(
+    batch: Moments, state: BatchNormState[tf.Tensor], spec: BatchNormSpec, clips: RenormClips, shape: tuple[int, ...]
+) -> _Normalizer:
+    """The training formula: batch statistics, and with renorm the corrections towards the averages before them.
+
+    r = sd / den and dd = (m - renorm_mean) / den, both clipped, with den = max(renorm_stddev, sqrt(eps)); neither
+    carries a gradient. Ioffe, "Batch Renormalization", 2017, algorithm 1.
+    """
+    if spec.renorm is None:
+        return _Normalizer(batch.shift, batch.rest, batch.variance)
+    work = batch.shift.dtype
+    epsilon = tf.constant(spec.epsilon, work)
+    mean, stddev = _parameter(state.renorm_mean, shape, work), _parameter(state.renorm_stddev, shape, work)
+    den = tf.maximum(stddev, tf.sqrt(epsilon))
+    r = tf.sqrt(batch.variance + epsilon) / den
+    dd = ((batch.shift - mean) + batch.rest) / den
+    if clips.r_min is not None:
+        r = tf.maximum(r, tf.cast(clips.r_min, work))
+    if clips.r_max is not None:
+        r = tf.minimum(r, tf.cast(clips.r_max, work))
+    if clips.d_max is not None:
+        d_max = tf.cast(clips.d_max, work)
+        dd = tf.clip_by_value(dd, -d_max, d_max)
+    return _Normalizer(batch.shift, batch.rest, batch.variance, r=tf.stop_gradient(r), dd=tf.stop_gradient(dd))
+
+
+def _chosen(present: tf.Tensor, batch: _Normalizer, moving: _Normalizer) -> _Normalizer:
+    """The batch's, or the moving one where nothing has weight: there y comes by the eval formula."""
+
+    def either(new: tf.Tensor | None, old: Any) -> tf.Tensor | None:
+        return None if new is None else tf.where(present, new, tf.cast(old, new.dtype))
+
+    return _Normalizer(
+        shift=tf.where(present, batch.shift, moving.shift),
+        rest=tf.where(present, batch.rest, moving.rest),
+        variance=tf.where(present, batch.variance, moving.variance),
+        r=either(batch.r, 1.0),
+        dd=either(batch.dd, 0.0),
+        scale=either(batch.scale, 1.0),
+        bias=either(batch.bias, 0.0),
     )
 
 
-def _moving(state: BatchNormState[tf.Tensor], plan: CallPlan, work: tf.DType) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The moving statistics as shift, rest and variance; mean 0 and variance 1 where none are tracked."""
-    zero = tf.zeros(plan.channel_shape, work)
-    mean, variance = _parameter(state.moving_mean, plan, work), _parameter(state.moving_variance, plan, work)
-    return zero if mean is None else mean, zero, tf.ones_like(zero) if variance is None else variance
+def _affine(
+    by: _Normalizer, gain: tf.Tensor | None, offset: tf.Tensor | None, epsilon: tf.Tensor
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """gamma ((xhat r + dd) scale + bias) + beta, as a function of the deviation from the mean."""
+    one = tf.ones_like(epsilon) if gain is None else gain
+    factor = (one if by.r is None else one * by.r) / tf.sqrt(by.variance + epsilon)
+
+    def transform(deviation: tf.Tensor) -> tf.Tensor:
+        y = deviation * factor
+        if by.dd is not None:
+            y += one * by.dd
+        if by.scale is not None and by.bias is not None:
+            y = y * by.scale + one * by.bias
+        return y if offset is None else y + offset
+
+    return transform
 
 
-def _parameter(values: Any, plan: CallPlan, work: tf.DType) -> tf.Tensor | None:
-    return None if values is None else tf.reshape(tf.cast(values, work), plan.channel_shape)
+def _parameter(values: Any, shape: tuple[int, ...], work: tf.DType) -> Any:
+    return None if values is None else tf.reshape(tf.cast(values, work), shape)
 
 
 def _substituted(values: tf.Tensor, where: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
@@ -116,19 +211,45 @@ def _substituted(values: tf.Tensor, where: tf.Tensor, by: tf.Tensor) -> tf.Tenso
     return tf.grad_pass_through(lambda kept: tf.where(where, by, kept))(values)
 
 
-def _count(x: tf.Tensor, plan: CallPlan, spec: BatchNormSpec) -> Any:
-    """Elements per channel: an integer where the shape says it, else an int64 scalar, checked when the graph runs."""
+def _count(x: tf.Tensor, plan: CallPlan) -> Any:
+    """Elements per channel: an integer where the shape says it, else an int64 scalar."""
     if plan.count is not None:
         return plan.count
-    count = tf.reduce_prod(tf.gather(tf.shape(x, tf.int64), plan.reduced))
-    if plan.batch_statistics and spec.single_value == "raise":
-        tf.debugging.assert_none_equal(
-            count,
-            tf.constant(1, tf.int64),
-            message="batch statistics need more than one value per channel. Give a larger batch, call with"
-            " training=False, or build the layer with single_value='allow'.",
-        )
-    return count
+    return tf.reduce_prod(tf.gather(tf.shape(x, tf.int64), plan.reduced))
+
+
+def _refuse_single_values(plan: CallPlan, spec: BatchNormSpec, count: Any, ghosts: Ghosts | None) -> None:
+    """One value per channel, of the batch or of its smallest ghost batch, where only the running graph can tell."""
+    if plan.count is not None or not plan.batch_statistics or spec.single_value == "allow":
+        return
+    if ghosts is not None:
+        rows = tf.cast(ghosts.rows, tf.int64)
+        count = count // tf.maximum(rows, 1) * (rows // ghosts.number)
+    tf.debugging.assert_none_equal(
+        count,
+        tf.constant(1, tf.int64),
+        message="batch statistics need more than one value per channel. Give a larger batch, call with training=False,"
+        " or build the layer with single_value='allow'.",
+    )
+
+
+def _adjustment(given: tuple[Any, Any]) -> tuple[tf.Tensor, tf.Tensor]:
+    scale, bias = (tf.convert_to_tensor(each) for each in given)
+    for name, each in (("scale", scale), ("bias", bias)):
+        if not (each.dtype.is_floating or each.dtype.is_integer):
+            raise InputError(f"the adjustment's {name} must be real; got {each.dtype.name}.")
+    return scale, bias
+
+
+def _check_decay(decay: Any, spec: BatchNormSpec) -> None:
+    if spec.decay == "cumulative":
+        raise InputError("decay contradicts decay='cumulative' of the spec; build the layer with a number.")
+    if tf.is_tensor(decay):
+        return
+    if not 0.0 <= decay <= 1.0:
+        raise InputError(f"decay must be in [0, 1]; got {decay!r}.")
+    if decay == 1.0 and spec.zero_debias != "none":
+        raise InputError("decay must be below 1 with zero_debias, which divides by 1 - decay**t.")
 
 
 def _lengths(what: str, tensor: tf.Tensor) -> list[int | None]:

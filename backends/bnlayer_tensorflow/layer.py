@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -27,6 +28,8 @@ class BatchNorm(tf.Module):
         spec: what the layer is.
         gamma, beta: variables of shape (C,) and `param_dtype`, or None.
         moving_mean, moving_variance: variables of shape (C,) and `stats_dtype`, or None.
+        hidden_mean, hidden_variance: likewise, with `zero_debias`.
+        renorm_mean, renorm_stddev, moving_stddev: likewise, with `renorm`.
         num_updates: int64 scalar variable.
         frozen_statistics: True: the moving statistics normalize and stay as they are, in training too. Read when a
             `tf.function` is traced, as every Python attribute is.
@@ -49,10 +52,23 @@ class BatchNorm(tf.Module):
             self.beta = _variable("beta", start.beta, trainable=True)
             self.moving_mean = _variable("moving_mean", start.moving_mean)
             self.moving_variance = _variable("moving_variance", start.moving_variance)
+            self.hidden_mean = _variable("hidden_mean", start.hidden_mean)
+            self.hidden_variance = _variable("hidden_variance", start.hidden_variance)
+            self.renorm_mean = _variable("renorm_mean", start.renorm_mean)
+            self.renorm_stddev = _variable("renorm_stddev", start.renorm_stddev)
+            self.moving_stddev = _variable("moving_stddev", start.moving_stddev)
             self.num_updates = tf.Variable(start.num_updates, trainable=False, dtype=tf.int64, name="num_updates")
 
     def __call__(
-        self, x: tf.Tensor, *, training: bool, weights: tf.Tensor | None = None, update_stats: bool = True
+        self,
+        x: tf.Tensor,
+        *,
+        training: bool,
+        weights: tf.Tensor | None = None,
+        update_stats: bool = True,
+        adjustment: tuple[tf.Tensor, tf.Tensor] | None = None,
+        renorm_clips: Mapping[str, Any] | None = None,
+        decay: Any = None,
     ) -> tf.Tensor:
         """Normalize x; see `bnlayer_tensorflow.batch_norm`."""
         before = self.state
@@ -63,10 +79,14 @@ class BatchNorm(tf.Module):
             training=trains(self.spec, training, self.frozen_statistics),
             weights=weights,
             update_stats=update_stats,
+            adjustment=adjustment,
+            renorm_clips=renorm_clips,
+            decay=decay,
         )
         if after is not before:
-            self.moving_mean.assign(after.moving_mean)
-            self.moving_variance.assign(after.moving_variance)
+            for name, array in after.arrays().items():
+                if name not in ("gamma", "beta"):
+                    getattr(self, name).assign(array)
             self.num_updates.assign(after.num_updates)
         return y
 

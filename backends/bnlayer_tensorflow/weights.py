@@ -10,71 +10,108 @@ import tensorflow as tf
 from bnlayer.call import CallPlan
 from bnlayer.errors import InputError
 
+from .ghosts import Ghosts
+
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Weights of one call; every number is a float64 tensor.
+    """Weights of one call, or what the padding of its ghost batches amounts to.
+
+    All tensors broadcast to x, or to x split into ghost batches, of which each has a W and a Q of its own; numbers are
+    float64.
 
     Attributes:
-        positive: whether a position has weight, broadcastable to x.
+        positive: whether a position has weight.
         proportions: w/W, so that they sum to 1 over all positions of a channel; all 0 where W is 0.
-        any: whether W > 0, a scalar.
-        freedom: 1 - Q/W^2, that is 1 - 1/n, a scalar without gradient; exactly 0 where a single position has weight.
+        any: whether W > 0.
+        freedom: 1 - Q/W^2, that is 1 - 1/n, without gradient; exactly 0 where a single position has weight.
+        share: W over the W of all ghost batches, without gradient; 0 where that is 0.
     """
 
     positive: tf.Tensor
     proportions: tf.Tensor
     any: tf.Tensor
     freedom: tf.Tensor
+    share: tf.Tensor
 
 
-def read_weights(weights: tf.Tensor, plan: CallPlan, count: Any) -> Weights:
+def read_weights(weights: tf.Tensor | None, plan: CallPlan, count: Any, ghosts: Ghosts | None) -> Weights | None:
     """Check the weights' values and relate them to their total.
 
     Args:
-        weights: boolean or real, of the shape that `plan` accepted.
+        weights: boolean or real, of the shape that `plan` accepted; None for none.
         plan: of the call.
         count: elements of x per channel, an integer or an int64 scalar.
+        ghosts: of the call, or None.
+
+    Returns:
+        None where every position counts the same: without weights, and without a ghost batch that has padding.
 
     Raises:
         InputError: a weight is negative, not finite, or not a real number. In a graph, values raise
             `tf.errors.InvalidArgumentError` when it runs; XLA drops such checks.
     """
-    dtype = weights.dtype
-    if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
-        raise InputError(f"weights must be real or boolean; got {dtype.name}.")
-    # There is one weight per position and not per element of x, so float64 costs little and Q/W^2 keeps its digits.
-    values = tf.cast(_aligned(weights, plan), tf.float64)
-    _check(values)
-    largest = tf.reduce_max(tf.concat([tf.reshape(tf.stop_gradient(values), [-1]), tf.zeros(1, tf.float64)], 0))
+    if weights is None and (ghosts is None or ghosts.even):
+        return None
+    rank = len(plan.channel_shape)
+    if weights is None:
+        values = tf.ones([1] * rank, tf.float64)
+    else:
+        # There is one weight per position and not per element of x, so float64 costs little and Q/W^2 keeps its digits.
+        values = tf.cast(_aligned(_real(weights), plan), tf.float64)
+        _check(values)
+    if ghosts is not None:  # a weight that all rows share has to be there for each, for they part
+        rows = tf.reshape(tf.cast(ghosts.rows, tf.int64), [1])
+        values = tf.broadcast_to(values, tf.concat([rows, tf.shape(values, tf.int64)[1:]], 0))
+    # How many positions of x one weight stands for; nothing comes of an empty batch, but no division by 0 either.
+    size = tf.maximum(tf.size(values, tf.int64), 1)
+    spread = tf.cast(tf.maximum(tf.cast(count, tf.int64) // size, 1), tf.float64)
+    axes = tuple(range(rank))
+    if ghosts is not None:
+        values, axes = ghosts.split(values), tuple(i for i in range(rank + 1) if i != ghosts.axis)
+    # Of an empty tensor it is -inf.
+    largest = tf.maximum(tf.reduce_max(tf.stop_gradient(values), axes, keepdims=True), 0.0)
     has_weight = largest > 0
     # Relative to the largest, neither the total nor the squares can overflow or vanish.
     relative = values / tf.where(has_weight, largest, tf.ones_like(largest))
-    size = tf.size(values, tf.int64)
-    # How many positions of x one weight stands for; nothing comes of an empty batch, but no division by 0 either.
-    spread = tf.cast(tf.maximum(tf.cast(count, tf.int64) // tf.maximum(size, 1), 1), tf.float64)
-    total = tf.reduce_sum(relative) * spread
-    proportions = relative / tf.where(has_weight, total, tf.ones_like(total))
+    total = tf.reduce_sum(relative, axes, keepdims=True) * spread
     return Weights(
         positive=values > 0,
-        proportions=proportions,
+        proportions=relative / tf.where(has_weight, total, tf.ones_like(total)),
         any=has_weight,
-        freedom=_freedom(tf.stop_gradient(relative), spread),
+        freedom=_freedom(tf.stop_gradient(relative), spread, axes),
+        share=_share(largest, tf.stop_gradient(total)),
     )
 
 
-def _freedom(relative: tf.Tensor, spread: tf.Tensor) -> tf.Tensor:
-    """1 - Q/W^2 for weights whose largest is 1, each of which stands for `spread` positions.
+def _freedom(relative: tf.Tensor, spread: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+    """1 - Q/W^2 for weights whose largest is 1 (or all are 0), each of which stands for `spread` positions.
 
     With one position of largest weight set aside, W = 1 + R and W^2 - Q = 2 R + R^2 - Q_R, whose terms do not cancel:
     1 - Q/W^2 itself would round to 0 under one dominant weight, and the unbiased variance to infinity.
     """
-    flat = tf.reshape(relative, [-1])
-    first = tf.argmax(tf.concat([flat, tf.zeros(1, tf.float64)], 0))  # of an empty one there is no argmax
-    others = tf.where(tf.equal(tf.range(tf.size(flat, tf.int64)), first), tf.zeros_like(flat), flat)
-    rest = tf.reduce_sum(others) * spread + (spread - 1.0)
-    squares = tf.reduce_sum(tf.square(others)) * spread + (spread - 1.0)
+    at_most = tf.equal(relative, 1.0)
+    others = tf.where(at_most, tf.zeros_like(relative), relative)
+    as_large = tf.reduce_sum(tf.cast(at_most, relative.dtype), axes, keepdims=True) * spread
+    more = tf.maximum(as_large - 1.0, 0.0)
+    rest = tf.reduce_sum(others, axes, keepdims=True) * spread + more
+    squares = tf.reduce_sum(tf.square(others), axes, keepdims=True) * spread + more
     return (2.0 * rest + (tf.square(rest) - squares)) / tf.square(1.0 + rest)
+
+
+def _share(largest: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
+    """Each ghost batch's part of the weight of all; `total` is in units of its `largest`."""
+    of_all = tf.reduce_max(largest)
+    parts = largest / tf.where(of_all > 0, of_all, tf.ones_like(of_all)) * total
+    whole = tf.reduce_sum(parts)
+    return parts / tf.where(whole > 0, whole, tf.ones_like(whole))
+
+
+def _real(weights: tf.Tensor) -> tf.Tensor:
+    dtype = weights.dtype
+    if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+        raise InputError(f"weights must be real or boolean; got {dtype.name}.")
+    return weights
 
 
 def _aligned(weights: tf.Tensor, plan: CallPlan) -> tf.Tensor:
