@@ -12,6 +12,8 @@ from bnlayer.state import BatchNormState
 from .support import MISSING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .layer import Module
 
 
@@ -59,10 +61,18 @@ class TorchBackend:
         MISSING.refuse(self.name, spec, request)
         layer.train(request.training)
         layer.frozen_statistics = request.frozen_statistics
-        outcome = run_step(
-            layer, spec, request, lambda x, weights: layer(x, weights, update_stats=request.update_stats)
-        )  # fmt: skip
-        return layer, outcome
+
+        def forward(x: Tensor, weights: Tensor | None, adjustment: tuple[Tensor, Tensor] | None) -> Tensor:
+            y: Tensor = layer(
+                x,
+                weights,
+                update_stats=request.update_stats,
+                adjustment=adjustment,
+                renorm_clips=request.renorm_clips,
+            )
+            return y
+
+        return layer, run_step(layer, spec, request, forward)
 
 
 BACKEND = TorchBackend()

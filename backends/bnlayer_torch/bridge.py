@@ -15,6 +15,11 @@ from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
+from .tensors import tensors_of
+
+# x, weights and adjustment of one call to y.
+Forward = Callable[[Tensor, Tensor | None, tuple[Tensor, Tensor] | None], Tensor]
+
 
 class HasTensors(Protocol):
     """What torch's batch norms and ours have in common."""
@@ -59,10 +64,8 @@ def to_array(tensor: Tensor) -> NDArray:
 
 def read_state(module: HasTensors, spec: BatchNormSpec) -> BatchNormState[NDArray]:
     """A numpy copy of the module's state."""
-    found = {"gamma": module.weight, "beta": module.bias}
-    if spec.track_moving_stats:
-        found |= {"moving_mean": module.running_mean, "moving_variance": module.running_var}
     counter = module.num_batches_tracked if spec.track_moving_stats else None
+    found = tensors_of(module, spec)
     return BatchNormState(
         **{name: to_array(tensor) for name, tensor in found.items() if tensor is not None},
         num_updates=0 if counter is None else int(counter),
@@ -77,15 +80,9 @@ def write_state(module: HasTensors, state: BatchNormState[NDArray], spec: BatchN
         StateError: the state does not fit the spec.
     """
     state = state.checked(spec)
-    for name, tensor in (
-        ("gamma", module.weight),
-        ("beta", module.bias),
-        ("moving_mean", module.running_mean),
-        ("moving_variance", module.running_var),
-    ):
-        array = getattr(state, name)
-        if array is not None and tensor is not None:
-            tensor.copy_(to_tensor(array))
+    for name, tensor in tensors_of(module, spec).items():
+        if tensor is not None:
+            tensor.copy_(to_tensor(getattr(state, name)))
     if spec.track_moving_stats and module.num_batches_tracked is not None:
         module.num_batches_tracked.fill_(state.num_updates)
 
@@ -94,7 +91,7 @@ def run_step(
     module: HasTensors,
     spec: BatchNormSpec,
     request: Request,
-    forward: Callable[[Tensor, Tensor | None], Tensor],
+    forward: Forward,
 ) -> Outcome:
     """Every call of the request forward in order, then one backward pass through all of them."""
     tensors = [t for t in (module.weight, module.bias, module.running_mean) if t is not None]
@@ -123,9 +120,7 @@ def run_step(
 class _Pass:
     """One call forward: its tensors, and the leaves that get a gradient."""
 
-    def __init__(
-        self, call: Call, forward: Callable[[Tensor, Tensor | None], Tensor], device: torch.device | None
-    ) -> None:
+    def __init__(self, call: Call, forward: Forward, device: torch.device | None) -> None:
         self.dy = None if call.dy is None else to_tensor(call.dy, device)
         self.x = to_tensor(call.x, device)
         self.weights = None if call.weights is None else to_tensor(call.weights, device)
@@ -133,4 +128,9 @@ class _Pass:
         for tensor in (self.x, self.weights):
             if self.dy is not None and tensor is not None and tensor.dtype.is_floating_point:
                 self.leaves.append(tensor.requires_grad_())
-        self.y = forward(self.x, self.weights)
+        adjustment = call.adjustment
+        self.y = forward(
+            self.x,
+            self.weights,
+            None if adjustment is None else (to_tensor(adjustment[0], device), to_tensor(adjustment[1], device)),
+        )

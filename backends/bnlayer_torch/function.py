@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from bnlayer.call import CallPlan, plan_call
+from bnlayer.call import plan_call
+from bnlayer.call import renorm_clips as clips_of
+from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
 from . import fused
+from .averages import updated
 from .dtypes import DTYPES, dtype_name
-from .statistics import batch_moments, updated
+from .ghosts import by_ghosts
+from .normalization import Channels, by_batch, by_statistics, plain_affine
 from .support import MISSING
-from .weights import Weights, read_weights
+from .weights import read_weights
 
 
 def batch_norm(
@@ -24,6 +30,8 @@ def batch_norm(
     training: bool,
     weights: Tensor | None = None,
     update_stats: bool = True,
+    adjustment: tuple[Tensor, Tensor] | None = None,
+    renorm_clips: Mapping[str, float | Tensor | None] | None = None,
 ) -> tuple[Tensor, BatchNormState[Tensor]]:
     """Normalize x and update the moving statistics.
 
@@ -36,13 +44,17 @@ def batch_norm(
         weights: mask or weights of shape (N,), x's shape without the channel axis, or with 1 on it; at least 0.
             Gradients flow to floating-point ones.
         update_stats: False: batch statistics normalize, but the state is returned as it came.
+        adjustment: in training, a scale and a bias of the normalized values before gamma and beta; each broadcastable
+            to x. Gradients flow to both.
+        renorm_clips: "r_max", "r_min" or "d_max" in place of the spec's for this call: a number, a tensor without
+            dimensions, or None for no clip.
 
     Returns:
         y, of x's shape and dtype, and the state after: new tensors without gradient where they moved. With weights
         `num_updates` comes back as a tensor, for whether they hold any is not known before they are read.
 
     Raises:
-        InputError: x or the weights do not fit the spec.
+        InputError: x, the weights, the adjustment or the clips do not fit the spec.
         UnsupportedError: the spec asks for what this backend lacks.
     """
     MISSING.refuse("torch", spec)
@@ -53,73 +65,32 @@ def batch_norm(
         training=training,
         update_stats=update_stats,
         weights_shape=None if weights is None else weights.shape,
+        adjustment_shapes=None if adjustment is None else (adjustment[0].shape, adjustment[1].shape),
     )
+    clips = clips_of(spec, renorm_clips)
     arithmetic = DTYPES[plan.arithmetic]
-    gamma = None if state.gamma is None else state.gamma.to(arithmetic)
-    beta = None if state.beta is None else state.beta.to(arithmetic)
+    channels = Channels(state, arithmetic, x.device, spec.num_features)
+    if weights is not None:
+        assert plan.weights_shape is not None
+        weights = weights.reshape([int(length or 0) for length in plan.weights_shape])
+    if plan.ghosted:
+        y, batch, entered = by_ghosts(x, channels, spec, plan, weights, clips)
+        return y, updated(state, batch, spec, entered) if plan.update else state
     w = None if weights is None or plan.count == 0 else read_weights(weights, plan)
-    # torch's kernels know no weights, refuse an epsilon of 0, and give NaN for the variance of a single value.
-    fits = w is None and spec.epsilon > 0 and plan.count != 0
     if not plan.batch_statistics or plan.count == 0:
-        mean, variance = _moving(state, plan, x.device)
-        if fits:
-            return fused.from_moving(x, gamma, beta, mean, variance, spec.epsilon, plan), state
-        y = _normalized(x.to(arithmetic), gamma, beta, mean, variance, spec.epsilon, plan, w)
+        if w is None and spec.epsilon > 0 and plan.count != 0:
+            return fused.from_moving(x, channels.gamma, channels.beta, *channels.moving, spec.epsilon, plan), state
+        y = by_statistics(x.to(arithmetic), plain_affine(channels, plan), *channels.moving, spec.epsilon, plan, w)
         return y.to(x.dtype), state
-    if fits and plan.count != 1:
-        y, batch = fused.from_batch(x, gamma, beta, spec.epsilon, plan)
-        return y, updated(state, batch, spec) if plan.update else state
-    wide = x.to(arithmetic)  # once, so that a half x's gradients add up in float32
-    batch = batch_moments(wide, plan, w)
-    mean, variance, entered = batch.mean, batch.variance, None
-    if w is not None:
-        # Without a single weighted element there are no batch statistics: y comes by the eval formula.
-        moving_mean, moving_variance = _moving(state, plan, x.device)
-        mean = torch.where(w.present, mean, moving_mean)
-        variance = torch.where(w.present, variance, moving_variance)
-        entered = w.present
-    y = _normalized(wide, gamma, beta, mean, variance, spec.epsilon, plan, w).to(x.dtype)
-    return y, updated(state, batch, spec, entered) if plan.update else state
+    adjusting = _read_adjustment(adjustment, arithmetic) if training else None
+    y, batch = by_batch(x, channels, spec, plan, w, clips, adjusting)
+    return y, updated(state, batch, spec, None if w is None else w.present.any()) if plan.update else state
 
 
-def _normalized(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    epsilon: float,
-    plan: CallPlan,
-    w: Weights | None = None,
-) -> Tensor:
-    """gamma (x - mean) / sqrt(variance + epsilon) + beta, at every position; all of the plan's arithmetic."""
-
-    def per_channel(values: Tensor) -> Tensor:
-        return values.reshape(plan.channel_shape)
-
-    sd = torch.sqrt(per_channel(variance) + epsilon)
-    factor = None if gamma is None else per_channel(gamma)
-
-    def scaled(values: Tensor, sd: Tensor, factor: Tensor | None) -> Tensor:
-        normalized = (values - per_channel(mean)) / sd
-        return normalized if factor is None else normalized * factor
-
-    if w is None:
-        y = scaled(x, sd, factor)
-    else:
-        # A masked position may hold anything. What is not finite there shows in y, but takes no part in the gradients
-        # of gamma and the variance, where even a dy of 0 times it would be NaN.
-        sound = w.positive | torch.isfinite(x)
-        unsound = scaled(x, sd.detach(), None if factor is None else factor.detach())
-        y = torch.where(sound, scaled(torch.where(sound, x, 0.0), sd, factor), unsound)
-    return y if beta is None else y + per_channel(beta)
-
-
-def _moving(state: BatchNormState[Tensor], plan: CallPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The moving statistics in the plan's arithmetic; mean 0 and variance 1 where none are tracked."""
-    arithmetic = DTYPES[plan.arithmetic]
-    if state.moving_mean is None or state.moving_variance is None:
-        features = plan.channel_shape[plan.axis]
-        zeros = torch.zeros(features, dtype=arithmetic, device=device)
-        return zeros, torch.ones_like(zeros)
-    return state.moving_mean.detach().to(arithmetic), state.moving_variance.detach().to(arithmetic)
+def _read_adjustment(adjustment: tuple[Tensor, Tensor] | None, arithmetic: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    if adjustment is None:
+        return None
+    scale, bias = adjustment
+    if scale.dtype.is_complex or bias.dtype.is_complex:
+        raise InputError("the adjustment must be real; take its real part first.")
+    return scale.to(arithmetic), bias.to(arithmetic)

@@ -6,6 +6,7 @@ Attributes are the truth: set `layer.momentum`, `layer.eps` and so on at any tim
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, Final, Literal
 
@@ -16,13 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 from bnlayer.call import trains
 from bnlayer.dialects import complement
 from bnlayer.errors import InputError, SpecError, StateError
-from bnlayer.spec import BatchNormSpec, Estimator, NonFinite, SingleValue
-from bnlayer.state import BatchNormState
+from bnlayer.spec import BatchNormSpec, Estimator, GhostLayout, NonFinite, Renorm, SingleValue, ZeroDebias
+from bnlayer.state import BatchNormState, array_names
 
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
 from .fused import is_ambiguous, loses_gradients, sums_drift
 from .support import MISSING
+from .tensors import EXTRA_BUFFERS, tensors_of
 
 
 class Module(TorchBatchNorm):
@@ -31,17 +33,24 @@ class Module(TorchBatchNorm):
     Attributes:
         num_features, eps, momentum, affine, track_running_stats: as torch's; `momentum` None averages all updates.
         axis: the channel axis.
-        moving_variance_estimator, single_value, nonfinite: as the spec's.
+        moving_variance_estimator, zero_debias, renorm, virtual_batch_size, virtual_batch_layout, single_value,
+            nonfinite: as the spec's.
         frozen_statistics: True: the moving statistics normalize and stay as they are, in training too; `train()` does
             not change it.
         weight, bias: gamma and beta, or None.
         running_mean, running_var, num_batches_tracked: the moving statistics and their counter, or None.
+        hidden_mean, hidden_variance, renorm_mean, renorm_stddev, moving_stddev: the averages behind them, as in
+            `bnlayer.BatchNormState`; buffers of a module that was built with zero_debias or renorm only.
     """
 
     _ranks: ClassVar[tuple[int, ...]] = ()  # of the inputs that the class takes; empty for any
 
     axis: int
     moving_variance_estimator: Estimator
+    zero_debias: ZeroDebias
+    renorm: Renorm | None
+    virtual_batch_size: int | None
+    virtual_batch_layout: GhostLayout
     single_value: SingleValue
     nonfinite: NonFinite
     frozen_statistics: bool
@@ -56,6 +65,10 @@ class Module(TorchBatchNorm):
         self.track_running_stats = spec.track_moving_stats
         self.axis = spec.axis
         self.moving_variance_estimator = spec.moving_variance_estimator
+        self.zero_debias = spec.zero_debias
+        self.renorm = spec.renorm
+        self.virtual_batch_size = spec.virtual_batch_size
+        self.virtual_batch_layout = spec.virtual_batch_layout
         self.single_value = spec.single_value
         self.nonfinite = spec.nonfinite
         self.frozen_statistics = False
@@ -65,7 +78,8 @@ class Module(TorchBatchNorm):
             values = torch.empty(spec.num_features, dtype=DTYPES[spec.param_dtype], device=device)
             self.register_parameter(name, torch.nn.Parameter(values) if present else None)
         if spec.track_moving_stats:
-            for name in ("running_mean", "running_var"):
+            extra = [name for name in array_names(spec) if name in EXTRA_BUFFERS]
+            for name in ("running_mean", "running_var", *extra):
                 self.register_buffer(
                     name, torch.empty(spec.num_features, dtype=DTYPES[spec.stats_dtype], device=device)
                 )
@@ -90,11 +104,25 @@ class Module(TorchBatchNorm):
             self.weight is not None,
             self.track_running_stats,
             self.moving_variance_estimator,
+            self.zero_debias,
+            _checked_renorm(self.renorm),
+            self.virtual_batch_size,
+            self.virtual_batch_layout,
             self.single_value,
             self.nonfinite,
             self._param_dtype if stored is None else dtype_name(stored.dtype),
             self._stats_dtype if tracked is None else dtype_name(tracked.dtype),
         )
+
+    def reset_running_stats(self) -> None:
+        """Back to moving statistics that nothing entered: mean 0, variance 1, counter 0, and what that means for the
+        averages behind them."""
+        super().reset_running_stats()
+        initial = {"renorm_stddev": (1.0 + self.eps) ** 0.5, "moving_stddev": (1.0 + self.eps) ** 0.5}
+        for name in EXTRA_BUFFERS:
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                buffer.fill_(initial.get(name, 0.0))
 
     def reset_parameters(self) -> None:
         """Back to a module that never trained: gamma 1, beta 0, moving mean 0, moving variance 1, counter 0."""
@@ -104,7 +132,15 @@ class Module(TorchBatchNorm):
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, weights: Tensor | None = None, *, update_stats: bool = True) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        weights: Tensor | None = None,
+        *,
+        update_stats: bool = True,
+        adjustment: tuple[Tensor, Tensor] | None = None,
+        renorm_clips: Mapping[str, float | Tensor | None] | None = None,
+    ) -> Tensor:
         """Normalize `input`, and in training update the moving statistics.
 
         Args:
@@ -112,26 +148,39 @@ class Module(TorchBatchNorm):
             weights: mask or weights of shape (N,), the input's shape without the channel axis, or with 1 on it.
             update_stats: False: batch statistics normalize, but the moving ones and the counter stay (for
                 recomputation and extra forward passes).
+            adjustment: in training, a scale and a bias of the normalized values before weight and bias; each
+                broadcastable to the input.
+            renorm_clips: "r_max", "r_min" or "d_max" in place of the module's for this call; None is no clip.
 
         Returns:
             A tensor of the input's shape and dtype.
 
         Raises:
-            InputError: the input or the weights do not fit the module.
+            InputError: the input, the weights, the adjustment or the clips do not fit the module.
             SpecError: an attribute was set to what no batch norm can be.
+            StateError: an attribute asks for statistics that the module was built without.
         """
         self._check_input_dim(input)
         training = self.training and not self.frozen_statistics
-        if weights is None and update_stats:
+        if weights is None and update_stats and adjustment is None and renorm_clips is None:
             y = self._fused(input, training)
             if y is not None:
                 return y
         spec = self.spec
         training = trains(spec, self.training, self.frozen_statistics)
         before = self._state(spec, copied=not training and torch.is_grad_enabled())
-        y, after = batch_norm(input, before, spec, training=training, weights=weights, update_stats=update_stats)
+        y, after = batch_norm(
+            input,
+            before,
+            spec,
+            training=training,
+            weights=weights,
+            update_stats=update_stats,
+            adjustment=adjustment,
+            renorm_clips=renorm_clips,
+        )
         if after is not before:
-            self._keep(after)
+            self._keep(after, spec)
         return y
 
     def _fused(self, x: Tensor, training: bool) -> Tensor | None:
@@ -170,6 +219,9 @@ class Module(TorchBatchNorm):
                 or counter is None
                 or self.moving_variance_estimator != "unbiased"
                 or self.nonfinite != "propagate"
+                or self.zero_debias != "none"
+                or self.renorm is not None
+                or self.virtual_batch_size is not None
                 or sums_drift(x, 1, count)
             ):
                 return None
@@ -188,29 +240,29 @@ class Module(TorchBatchNorm):
 
     def _state(self, spec: BatchNormSpec, *, copied: bool = False) -> BatchNormState[Tensor]:
         """The module's tensors as a state; with `copied`, statistics that later calls do not change in place."""
-        if not spec.track_moving_stats:
-            return BatchNormState(gamma=self.weight, beta=self.bias)
-        mean, variance, counter = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is None or variance is None or counter is None:
+        found = tensors_of(self, spec)
+        counter = self.num_batches_tracked if spec.track_moving_stats else 0
+        missing = [name for name, tensor in found.items() if tensor is None]
+        if missing or counter is None:
             raise StateError(
-                "track_running_stats is True, but the module was built without moving statistics; build it with"
-                " track_running_stats=True."
+                f"the module was built without {', '.join(missing) or 'num_batches_tracked'}; build it with the"
+                " track_running_stats, zero_debias and renorm that it has now."
             )
-        return BatchNormState(
-            gamma=self.weight,
-            beta=self.bias,
-            moving_mean=mean.clone() if copied else mean,
-            moving_variance=variance.clone() if copied else variance,
-            num_updates=counter,
-        )
+        if copied:
+            for name in ("moving_mean", "moving_variance"):  # all that eval reads
+                tensor = found.get(name)
+                found[name] = None if tensor is None else tensor.clone()
+        return BatchNormState(**found, num_updates=counter)
 
     @torch.no_grad()
-    def _keep(self, after: BatchNormState[Tensor]) -> None:
+    def _keep(self, after: BatchNormState[Tensor], spec: BatchNormSpec) -> None:
         """Write moved statistics into the buffers, which stay the same tensors for whoever holds them."""
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        assert after.moving_mean is not None and after.moving_variance is not None
-        self.running_mean.copy_(after.moving_mean)
-        self.running_var.copy_(after.moving_variance)
+        assert self.num_batches_tracked is not None
+        for name, tensor in tensors_of(self, spec).items():
+            moved = getattr(after, name)
+            if moved is not tensor:
+                assert tensor is not None
+                tensor.copy_(moved)
         self.num_batches_tracked.copy_(after.num_updates)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -231,6 +283,10 @@ class Module(TorchBatchNorm):
 _USUAL: Final = {
     "axis": 1,
     "moving_variance_estimator": "unbiased",
+    "zero_debias": "none",
+    "renorm": None,
+    "virtual_batch_size": None,
+    "virtual_batch_layout": "strided",
     "single_value": "raise",
     "nonfinite": "propagate",
     "frozen_statistics": False,
@@ -262,6 +318,10 @@ class _TorchArguments(Module):
         center: bool | None = None,
         scale: bool | None = None,
         moving_variance_estimator: Estimator = "unbiased",
+        zero_debias: ZeroDebias = "none",
+        renorm: Renorm | None = None,
+        virtual_batch_size: int | None = None,
+        virtual_batch_layout: GhostLayout = "strided",
         single_value: SingleValue = "raise",
         nonfinite: NonFinite = "propagate",
         stats_dtype: torch.dtype | None = None,
@@ -271,7 +331,8 @@ class _TorchArguments(Module):
         Args:
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's.
             center, scale: whether there is a bias, a weight; None for what `affine` and `bias` say.
-            moving_variance_estimator, single_value, nonfinite: as in `bnlayer.BatchNormSpec`.
+            moving_variance_estimator, zero_debias, renorm, virtual_batch_size, virtual_batch_layout, single_value,
+                nonfinite: as in `bnlayer.BatchNormSpec`; renorm goes with moving_variance_estimator="biased" only.
             stats_dtype: of the moving statistics; None for `dtype`.
 
         Raises:
@@ -288,6 +349,10 @@ class _TorchArguments(Module):
             affine if scale is None else scale,
             track_running_stats,
             moving_variance_estimator,
+            zero_debias,
+            _checked_renorm(renorm),
+            virtual_batch_size,
+            virtual_batch_layout,
             single_value,
             nonfinite,
             param_dtype,
@@ -324,6 +389,10 @@ def _spec(
     scale: bool,
     track: bool,
     estimator: Estimator,
+    zero_debias: ZeroDebias,
+    renorm: Renorm | None,
+    virtual_batch_size: int | None,
+    virtual_batch_layout: GhostLayout,
     single_value: SingleValue,
     nonfinite: NonFinite,
     param_dtype: str,
@@ -338,12 +407,23 @@ def _spec(
         center=center,
         scale=scale,
         moving_variance_estimator=estimator,
+        zero_debias=zero_debias,
+        renorm=renorm,
+        virtual_batch_size=virtual_batch_size,
+        virtual_batch_layout=virtual_batch_layout,
         track_moving_stats=track,
         single_value=single_value,
         nonfinite=nonfinite,
         param_dtype=param_dtype,
         stats_dtype=stats_dtype,
     )
+
+
+def _checked_renorm(renorm: object) -> Renorm | None:
+    """What `_spec` can remember: torch's users may try a dictionary here, which has no hash."""
+    if renorm is None or isinstance(renorm, Renorm):
+        return renorm
+    raise SpecError(f"renorm must be None or a bnlayer.Renorm; got {renorm!r}.")
 
 
 def _decay(momentum: float | None, track: bool) -> float | Literal["cumulative"]:

@@ -111,7 +111,7 @@ class TorchNN:
         # Frozen statistics are, in torch's idiom, a batch norm left in eval mode.
         layer.train(trains(spec, request.training, request.frozen_statistics))
 
-        def forward(x: Tensor, _: Tensor | None) -> Tensor:
+        def forward(x: Tensor, *_: object) -> Tensor:  # what else a call may have, `unsupported` refuses
             try:
                 y: Tensor = layer(x)
             except (ValueError, RuntimeError, NotImplementedError) as error:  # how torch refuses an input

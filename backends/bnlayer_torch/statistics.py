@@ -1,4 +1,4 @@
-"""Batch statistics in torch's own differentiable operations, and the moving average."""
+"""Batch statistics in torch's own differentiable operations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from bnlayer.call import CallPlan
-from bnlayer.spec import BatchNormSpec
-from bnlayer.state import BatchNormState
 
 from .weights import Weights
 
@@ -52,44 +50,6 @@ def batch_moments(x: Tensor, plan: CallPlan, weights: Weights | None) -> Moments
         assert plan.count is not None
         unbiased = variance.detach() * (plan.count / (plan.count - 1))
     return Moments((shift + c).reshape(-1), variance, unbiased.to(variance.dtype))
-
-
-def updated(
-    state: BatchNormState[Tensor], batch: Moments, spec: BatchNormSpec, entered: Tensor | None = None
-) -> BatchNormState[Tensor]:
-    """The state after one batch's statistics entered it: new tensors, without gradient.
-
-    Args:
-        state: has moving statistics; `num_updates` is an int or an integer tensor.
-        batch: what enters.
-        spec: decay, estimator and nonfinite policy.
-        entered: a boolean scalar, False where nothing enters after all; None for True.
-    """
-    assert state.moving_mean is not None and state.moving_variance is not None
-    t = state.num_updates + 1
-    mean, variance = batch.mean.detach(), batch.variance.detach()
-    entering = batch.unbiased if spec.moving_variance_estimator == "unbiased" else variance
-    keep: Tensor | None = None if entered is None else ~entered
-    if spec.nonfinite == "keep":
-        # The unbiased variance is derived from these two.
-        lost = ~(torch.isfinite(mean) & torch.isfinite(variance))
-        keep = lost if keep is None else keep | lost
-
-    def average(old: Tensor, new: Tensor) -> Tensor:
-        wide = old.detach().to(torch.promote_types(old.dtype, new.dtype))
-        decay: float | Tensor
-        if spec.decay == "cumulative":
-            decay = 1.0 - 1.0 / (t.to(wide.dtype) if isinstance(t, Tensor) else t)
-        else:
-            decay = float(spec.decay)
-        moved = (decay * wide + (1.0 - decay) * new).to(old.dtype)
-        return moved if keep is None else torch.where(keep, old.detach(), moved)
-
-    return state.replace(
-        moving_mean=average(state.moving_mean, mean),
-        moving_variance=average(state.moving_variance, entering),
-        num_updates=t if entered is None else state.num_updates + entered,
-    )
 
 
 def _entering(deviation: Tensor, weights: Weights) -> Tensor:

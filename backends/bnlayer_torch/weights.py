@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,14 +15,17 @@ from .dtypes import DTYPES, dtype_name
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Weights of one call.
+    """Weights of one call, or of each of k ghost batches; k is 1 for a whole batch.
 
     Attributes:
-        positive: where there is weight: boolean, in the plan's `weights_shape`.
+        positive: where there is weight: boolean, broadcastable to x.
         proportions: w/W in the plan's arithmetic, so that they sum to 1 over all positions of a channel; all 0 where
             W is 0. A gradient flows through them to real weights.
-        present: whether W > 0: a boolean scalar.
-        bessel: what makes the biased variance unbiased, 1/(1 - Q/W^2): a scalar; 0 where a single position has weight.
+        present: whether W > 0: boolean, (k,) or for each channel.
+        bessel: what makes the biased variance unbiased, 1/(1 - Q/W^2), like `present`; 0 where a single position has
+            weight.
+        largest: the largest weight, (k,).
+        total: W over `largest`, (k,).
         real: whether they are floating-point weights, and not a mask.
     """
 
@@ -30,7 +33,19 @@ class Weights:
     proportions: Tensor
     present: Tensor
     bessel: Tensor
+    largest: Tensor
+    total: Tensor
     real: bool
+
+    def for_channels(self, features: int, axis: int) -> Weights:
+        """The weights of k ghost batches with `features` channels each, for the k C channels of their folding."""
+        return replace(
+            self,
+            positive=self.positive.repeat_interleave(features, axis),
+            proportions=self.proportions.repeat_interleave(features, axis),
+            present=self.present.repeat_interleave(features),
+            bessel=self.bessel.repeat_interleave(features),
+        )
 
 
 def read_weights(weights: Tensor, plan: CallPlan) -> Weights:
@@ -39,32 +54,44 @@ def read_weights(weights: Tensor, plan: CallPlan) -> Weights:
     While torch.compile or torch.export traces, no value can be looked at: there a negative or non-finite weight makes
     every statistic NaN instead of raising.
 
+    Args:
+        weights: of x's rank, 1 on the channel axis; with k on it they are those of k ghost batches.
+        plan: of the call, or of the ghost batches' folding.
+
     Raises:
         InputError: a weight is negative, not finite, or not a real number.
     """
-    assert plan.weights_shape is not None and plan.count is not None
+    assert plan.count is not None
     if weights.dtype.is_complex:
         raise InputError(f"weights must be real or boolean; got {dtype_name(weights.dtype)}.")
     # In double precision 1 - Q/W^2 survives one weight that outweighs the rest; Apple's GPU has none.
-    wide = torch.float32 if weights.device.type == "mps" else torch.float64
-    values = weights.reshape([int(length or 0) for length in plan.weights_shape]).to(wide)
+    values = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64)
     valid = (values >= 0) & (values < torch.inf)
     if torch.compiler.is_compiling():
         values = torch.where(valid, values, torch.nan)
     elif not bool(valid.all()):
         raise InputError(f"weights must be finite and not negative; got {values[~valid][0].item()}.")
-    present = (values > 0).any()
-    spread = plan.count // values.numel()  # positions of x that one weight stands for
+    groups = values.shape[plan.axis]
+    spread = plan.count // (values.numel() // groups)  # positions of x that one weight stands for
+
+    def total(values: Tensor) -> Tensor:
+        return values.sum(plan.reduced, keepdim=True) * spread
+
+    largest = values.detach().amax(plan.reduced, keepdim=True)
+    present = ~(largest == 0)  # an invalid weight, NaN while tracing, has to show
     # Relative to the largest, neither the total nor the squares can overflow or vanish. w/W does not depend on what
     # both are divided by, so no gradient is lost with the largest held constant.
-    relative = values / torch.where(present, values.detach().amax(), 1.0)
-    proportions = relative / torch.where(present, relative.sum() * spread, 1.0)
-    rest = 1.0 - torch.square(proportions.detach()).sum() * spread
-    single = (rest <= 0) | (torch.count_nonzero(values) * spread == 1)
+    relative = values / torch.where(present, largest, 1.0)
+    sum_of_relative = total(relative)
+    proportions = relative / torch.where(present, sum_of_relative, 1.0)
+    rest = 1.0 - total(torch.square(proportions.detach()))
+    single = (rest <= 0) | (torch.count_nonzero(values, plan.reduced).reshape(rest.shape) * spread == 1)
     return Weights(
         positive=values > 0,
         proportions=proportions.to(DTYPES[plan.arithmetic]),
-        present=present,
-        bessel=torch.where(single, 0.0, 1.0 / torch.where(single, 1.0, rest)),
+        present=present.reshape(-1),
+        bessel=torch.where(single, 0.0, 1.0 / torch.where(single, 1.0, rest)).reshape(-1),
+        largest=largest.reshape(-1),
+        total=sum_of_relative.detach().reshape(-1),
         real=weights.dtype.is_floating_point,
     )

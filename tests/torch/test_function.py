@@ -291,5 +291,5 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     for x in (torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64)):
         with pytest.raises(InputError):
             batch_norm(x, state, spec, training=False)
-    with pytest.raises(UnsupportedError, match="zero_debias"):
-        batch_norm(normal(2, 3), state, spec.replace(zero_debias="mean"), training=True)
+    with pytest.raises(UnsupportedError, match="synchronized"):
+        batch_norm(normal(2, 3), state, spec.replace(synchronized=True), training=True)
