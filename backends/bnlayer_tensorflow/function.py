@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 
-from bnlayer.call import CallPlan, RenormClips, plan_call
+from bnlayer.call import CallPlan, plan_call
 from bnlayer.call import renorm_clips as clips_of
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
+from .averages import updated
 from .ghosts import Ghosts, ghosts_of
-from .statistics import Moments, batch_moments, updated
+from .normalization import adjusted, by_batch, by_moving, chosen, transform
+from .statistics import batch_moments
 from .support import MISSING
+from .tensors import per_channel
 from .weights import read_weights
 
 
@@ -91,118 +93,30 @@ def batch_norm(
     hidden = None if given is None or w is None else tf.math.logical_not(w.positive | tf.math.is_finite(values))
 
     after = state
-    by = _of_moving(state, channel_shape, work)
+    by = by_moving(state, channel_shape, work)
     if plan.batch_statistics and plan.count != 0:
         batch = batch_moments(values, hidden, plan, count, ghosts, w)
         if plan.update:
             after = updated(state, batch, spec, ghosts, decay)
-        of_batch = _of_batch(batch, state, spec, clips, channel_shape)
+        of_batch = by_batch(batch, state, spec, clips, channel_shape)
         if training and adjusting is not None:
-            of_batch = replace(of_batch, scale=tf.cast(adjusting[0], work), bias=tf.cast(adjusting[1], work))
-        by = of_batch if batch.present is None else _chosen(batch.present, of_batch, by)
+            of_batch = adjusted(of_batch, *adjusting)
+        by = chosen(batch.present, of_batch, by)
 
-    gain, offset = _parameter(state.gamma, channel_shape, work), _parameter(state.beta, channel_shape, work)
     centered = values - by.shift
     if hidden is not None:
         # Anything may lie under a mask. What is not finite there must not reach the sums of the backward pass, so
         # the computation sees the mean in its place, and y gets back what the formula gives there.
         centered = _substituted(centered, hidden, by.rest)
-    transform = _affine(by, gain, offset, tf.constant(spec.epsilon, work))
-    y = transform(centered - by.rest)
+    gamma = None if state.gamma is None else per_channel(state.gamma, channel_shape, work)
+    beta = None if state.beta is None else per_channel(state.beta, channel_shape, work)
+    y = transform(centered - by.rest, by, spec, gamma, beta)
     if hidden is not None:
-        y = _substituted(y, hidden, transform(values))
+        y = _substituted(y, hidden, transform(values, by, spec, gamma, beta))
     if ghosts is not None:
         y = ghosts.join(y)
         y.set_shape(x.shape)
     return tf.cast(y, x.dtype), after
-
-
-@dataclass(frozen=True, eq=False)
-class _Normalizer:
-    """What makes y: the mean `shift + rest`, the variance, renorm's r and dd, the adjustment's scale and bias.
-
-    None stands for an r or scale of 1, and for a dd or bias of 0.
-    """
-
-    shift: tf.Tensor
-    rest: tf.Tensor
-    variance: tf.Tensor
-    r: tf.Tensor | None = None
-    dd: tf.Tensor | None = None
-    scale: tf.Tensor | None = None
-    bias: tf.Tensor | None = None
-
-
-def _of_moving(state: BatchNormState[tf.Tensor], shape: tuple[int, ...], work: tf.DType) -> _Normalizer:
-    """The eval formula from the moving statistics; mean 0 and variance 1 where none are tracked."""
-    zero = tf.zeros(shape, work)
-    mean, variance = _parameter(state.moving_mean, shape, work), _parameter(state.moving_variance, shape, work)
-    return _Normalizer(zero if mean is None else mean, zero, tf.ones_like(zero) if variance is None else variance)
-
-
-def _of_batch(
-    batch: Moments, state: BatchNormState[tf.Tensor], spec: BatchNormSpec, clips: RenormClips, shape: tuple[int, ...]
-) -> _Normalizer:
-    """The training formula: batch statistics, and with renorm the corrections towards the averages before them.
-
-    r = sd / den and dd = (m - renorm_mean) / den, both clipped, with den = max(renorm_stddev, sqrt(eps)); neither
-    carries a gradient. Ioffe, "Batch Renormalization", 2017, algorithm 1.
-    """
-    if spec.renorm is None:
-        return _Normalizer(batch.shift, batch.rest, batch.variance)
-    work = batch.shift.dtype
-    epsilon = tf.constant(spec.epsilon, work)
-    mean, stddev = _parameter(state.renorm_mean, shape, work), _parameter(state.renorm_stddev, shape, work)
-    den = tf.maximum(stddev, tf.sqrt(epsilon))
-    r = tf.sqrt(batch.variance + epsilon) / den
-    dd = ((batch.shift - mean) + batch.rest) / den
-    if clips.r_min is not None:
-        r = tf.maximum(r, tf.cast(clips.r_min, work))
-    if clips.r_max is not None:
-        r = tf.minimum(r, tf.cast(clips.r_max, work))
-    if clips.d_max is not None:
-        d_max = tf.cast(clips.d_max, work)
-        dd = tf.clip_by_value(dd, -d_max, d_max)
-    return _Normalizer(batch.shift, batch.rest, batch.variance, r=tf.stop_gradient(r), dd=tf.stop_gradient(dd))
-
-
-def _chosen(present: tf.Tensor, batch: _Normalizer, moving: _Normalizer) -> _Normalizer:
-    """The batch's, or the moving one where nothing has weight: there y comes by the eval formula."""
-
-    def either(new: tf.Tensor | None, old: Any) -> tf.Tensor | None:
-        return None if new is None else tf.where(present, new, tf.cast(old, new.dtype))
-
-    return _Normalizer(
-        shift=tf.where(present, batch.shift, moving.shift),
-        rest=tf.where(present, batch.rest, moving.rest),
-        variance=tf.where(present, batch.variance, moving.variance),
-        r=either(batch.r, 1.0),
-        dd=either(batch.dd, 0.0),
-        scale=either(batch.scale, 1.0),
-        bias=either(batch.bias, 0.0),
-    )
-
-
-def _affine(
-    by: _Normalizer, gain: tf.Tensor | None, offset: tf.Tensor | None, epsilon: tf.Tensor
-) -> Callable[[tf.Tensor], tf.Tensor]:
-    """gamma ((xhat r + dd) scale + bias) + beta, as a function of the deviation from the mean."""
-    one = tf.ones_like(epsilon) if gain is None else gain
-    factor = (one if by.r is None else one * by.r) / tf.sqrt(by.variance + epsilon)
-
-    def transform(deviation: tf.Tensor) -> tf.Tensor:
-        y = deviation * factor
-        if by.dd is not None:
-            y += one * by.dd
-        if by.scale is not None and by.bias is not None:
-            y = y * by.scale + one * by.bias
-        return y if offset is None else y + offset
-
-    return transform
-
-
-def _parameter(values: Any, shape: tuple[int, ...], work: tf.DType) -> Any:
-    return None if values is None else tf.reshape(tf.cast(values, work), shape)
 
 
 def _substituted(values: tf.Tensor, where: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
@@ -234,7 +148,7 @@ def _refuse_single_values(plan: CallPlan, spec: BatchNormSpec, count: Any, ghost
 
 
 def _adjustment(given: tuple[Any, Any]) -> tuple[tf.Tensor, tf.Tensor]:
-    scale, bias = (tf.convert_to_tensor(each) for each in given)
+    scale, bias = (tf.convert_to_tensor(each, dtype_hint=tf.float64) for each in given)
     for name, each in (("scale", scale), ("bias", bias)):
         if not (each.dtype.is_floating or each.dtype.is_integer):
             raise InputError(f"the adjustment's {name} must be real; got {each.dtype.name}.")

@@ -71,7 +71,7 @@ def ghosts_of(x: tf.Tensor, plan: CallPlan, spec: BatchNormSpec) -> Ghosts | Non
     """The ghost batches into which this call's rows fall, or None where the plan does not split them."""
     if not plan.ghosted:
         return None
-    rows = tf.shape(x, tf.int64)[0] if x.shape[0] is None else x.shape[0]
+    rows: Any = tf.shape(x, tf.int64)[0] if x.shape[0] is None else x.shape[0]
     number = _at_least_one(-(-rows // spec.virtual_batch_size))
     size = _at_least_one(-(-rows // number))
     even = isinstance(rows, int) and number * size == rows

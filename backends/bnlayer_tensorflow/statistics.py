@@ -1,4 +1,4 @@
-"""Batch statistics and the averages that they move, in TensorFlow.
+"""Batch statistics, in TensorFlow.
 
 Written out instead of `tf.nn.moments`, whose second derivative is wrong: it stops the gradient at the mean inside the
 variance, which only the first derivative does not notice.
@@ -12,8 +12,6 @@ from typing import Any
 import tensorflow as tf
 
 from bnlayer.call import CallPlan
-from bnlayer.spec import BatchNormSpec
-from bnlayer.state import BatchNormState, array_dtype
 
 from .ghosts import Ghosts
 from .weights import Weights
@@ -86,81 +84,3 @@ def batch_moments(
     corrected = tf.stop_gradient(variance) / tf.cast(tf.where(none_left, tf.ones_like(freedom), freedom), x.dtype)
     unbiased = tf.where(none_left, tf.zeros_like(corrected), corrected)
     return Moments(shift, rest, variance, unbiased, present, share)
-
-
-def updated(
-    state: BatchNormState[tf.Tensor], batch: Moments, spec: BatchNormSpec, ghosts: Ghosts | None, decay: Any
-) -> BatchNormState[tf.Tensor]:
-    """The state after one batch's statistics entered it, if there were any; carries no gradient.
-
-    Args:
-        state: before.
-        batch: what enters; of ghost batches, their mean by weight.
-        spec: of the call.
-        ghosts: of the call, or None.
-        decay: weight on the old averages, in place of the spec's; None for the spec's.
-    """
-    counter = tf.cast(state.num_updates, tf.int64)
-    if decay is not None:
-        decay = tf.cast(decay, tf.float64)
-    elif spec.decay == "cumulative":
-        decay = 1.0 - 1.0 / tf.cast(counter + 1, tf.float64)
-    else:
-        decay = tf.constant(spec.decay, tf.float64)
-    mean = _entering(batch.shift + batch.rest, batch, ghosts)
-    biased = _entering(batch.variance, batch, ghosts)
-    unbiased = spec.moving_variance_estimator == "unbiased"
-    variance = _entering(batch.unbiased, batch, ghosts) if unbiased else biased
-    moved = tf.constant(True) if batch.present is None else tf.reduce_any(batch.present)
-    enters = tf.broadcast_to(moved, [spec.num_features])
-    if spec.nonfinite == "keep":
-        # The unbiased variance is derived from the biased one, which decides what is finite.
-        enters &= tf.math.is_finite(mean) & tf.math.is_finite(biased)
-
-    def average(name: str, new: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-        work = tf.float64 if tf.float64 in (tf.as_dtype(array_dtype(spec, name)), new.dtype) else tf.float32
-        old = tf.cast(getattr(state, name), work)
-        return tf.cast(weight, work) * old + tf.cast(1.0 - weight, work) * tf.cast(new, work)
-
-    if spec.renorm is not None:
-        remembered = tf.constant(spec.renorm.decay, tf.float64)
-        stddev = tf.sqrt(variance + tf.cast(spec.epsilon, variance.dtype))
-        moving_stddev = average("moving_stddev", stddev, decay)
-        new = {
-            "moving_mean": average("moving_mean", mean, decay),
-            "moving_variance": tf.maximum(tf.square(moving_stddev) - tf.cast(spec.epsilon, moving_stddev.dtype), 0.0),
-            "renorm_mean": average("renorm_mean", mean, remembered),
-            "renorm_stddev": average("renorm_stddev", stddev, remembered),
-            "moving_stddev": moving_stddev,
-        }
-    else:
-        # 1 - d^t, which of a decay near 1 would lose its digits.
-        seen = -tf.math.expm1(tf.cast(counter + 1, tf.float64) * tf.math.log(decay))
-        new = {}
-        for what, value in (("mean", mean), ("variance", variance)):
-            if spec.zero_debias == "all" or (spec.zero_debias == "mean" and what == "mean"):
-                hidden = average(f"hidden_{what}", value, decay)
-                new |= {f"hidden_{what}": hidden, f"moving_{what}": hidden / tf.cast(seen, hidden.dtype)}
-            else:
-                new[f"moving_{what}"] = average(f"moving_{what}", value, decay)
-
-    def stored(name: str, value: tf.Tensor) -> tf.Tensor:
-        return tf.where(enters, tf.cast(value, tf.as_dtype(array_dtype(spec, name))), getattr(state, name))
-
-    return state.replace(
-        **{name: stored(name, value) for name, value in new.items()},
-        num_updates=counter + tf.cast(moved, tf.int64),
-    )
-
-
-def _entering(values: tf.Tensor, batch: Moments, ghosts: Ghosts | None) -> tf.Tensor:
-    """One value per channel of what the batch, or its ghost batches together, found."""
-    values = tf.stop_gradient(values)
-    if ghosts is not None:
-        wide = tf.cast(values, tf.float64)
-        if batch.share is None:
-            wide = tf.reduce_mean(wide, ghosts.axis)
-        else:
-            wide = tf.reduce_sum(wide * batch.share, ghosts.axis)
-        values = tf.cast(wide, values.dtype)
-    return tf.reshape(values, [-1])
