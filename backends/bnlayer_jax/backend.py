@@ -69,9 +69,11 @@ class JaxBackend:
         import jax
 
         from .precision import x64_where_asked
+        from .renorm import read_clips
         from .state import to_numpy
         from .step import run_step
 
+        read_clips(layer.spec, request.renorm_clips)  # checked here: the compiled step cannot look at them
         dtypes = [a.dtype for c in request.calls for a in (c.x, c.dy, c.weights) if a is not None]
         with ExitStack() as stack:
             stack.enter_context(x64_where_asked(layer.spec, *dtypes))
@@ -79,6 +81,7 @@ class JaxBackend:
             ys, after, gradients = run_step(
                 layer.replace(frozen_statistics=request.frozen_statistics),
                 [_step_input(call) for call in request.calls],
+                None if request.renorm_clips is None else dict(request.renorm_clips),
                 training=request.training,
                 update_stats=request.update_stats,
             )
@@ -117,7 +120,15 @@ def _step_input(call: Call) -> StepInput:
         weights=weights if real else None,
         mask=None if real else weights,
         dy=None if call.dy is None else jnp.asarray(call.dy, x.dtype),
+        adjustment=None if call.adjustment is None else _pair(call.adjustment),
     )
+
+
+def _pair(adjustment: tuple[NDArray, NDArray]) -> tuple[jax.Array, jax.Array]:
+    import jax.numpy as jnp
+
+    scale, bias = adjustment
+    return jnp.asarray(scale), jnp.asarray(bias)
 
 
 def _device(device: Any) -> Any:

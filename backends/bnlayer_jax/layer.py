@@ -66,7 +66,14 @@ class BatchNorm:
         _fill(self, spec, state, frozen_statistics)
 
     def __call__(
-        self, x: ArrayLike, *, training: bool, weights: ArrayLike | None = None, update_stats: bool = True
+        self,
+        x: ArrayLike,
+        *,
+        training: bool,
+        weights: ArrayLike | None = None,
+        update_stats: bool = True,
+        adjustment: tuple[ArrayLike, ArrayLike] | None = None,
+        renorm_clips: Mapping[str, ArrayLike | None] | None = None,
     ) -> tuple[jax.Array, BatchNorm]:
         """Normalize x; see `bnlayer_jax.batch_norm`. Returns y and the layer after."""
         y, state = batch_norm(
@@ -76,6 +83,8 @@ class BatchNorm:
             training=trains(self.spec, training, self.frozen_statistics),
             weights=weights,
             update_stats=update_stats,
+            adjustment=adjustment,
+            renorm_clips=renorm_clips,
         )
         return y, self.replace(state=state)
 

@@ -1,4 +1,4 @@
-"""Batch statistics and the moving average, in JAX."""
+"""Batch statistics, in JAX: of each group of rows, and of all groups together."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bnlayer.call import CallPlan
-from bnlayer.spec import BatchNormSpec
-from bnlayer.state import BatchNormState
-
-from .state import counter_of
+from .ghosts import Groups
 from .weights import Weights
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """One batch's statistics, in the plan's arithmetic and `channel_shape`.
+    """The statistics of each group, in x's arithmetic; they broadcast against a split x.
 
     Attributes:
         shift: the mean, up to its rounding; carries no gradient.
@@ -32,26 +29,43 @@ class Moments:
     unbiased: jax.Array
 
 
-def batch_moments(x: jax.Array, plan: CallPlan, weights: Weights | None) -> Moments:
-    """m = sum(w x)/W, v = sum(w (x-m)^2)/W and u = v/(1 - Q/W^2) over all axes but the channel's.
+@dataclass(frozen=True, eq=False)
+class Entering:
+    """What one batch brings to the moving statistics, each of shape (num_features,); carries no gradient.
+
+    Attributes:
+        mean: the mean of the groups' means, weighted by their W.
+        variance: that of their biased variances.
+        unbiased: that of their unbiased ones.
+        some: False where no group has weight, and nothing enters; None: it certainly enters.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    unbiased: jax.Array
+    some: jax.Array | None
+
+
+def group_moments(x: jax.Array, groups: Groups, weights: Weights | None) -> Moments:
+    """m = sum(w x)/W, v = sum(w (x-m)^2)/W and u = v/(1 - Q/W^2) over each group's positions of a channel.
 
     The shift does not change what m and v are, only how they round, so stopping its gradient leaves every derivative
     exact, and keeps a constant channel's variance at 0.
 
     Args:
-        x: in the plan's arithmetic, at least one element a channel, finite wherever the weight is 0.
-        plan: of the call.
+        x: in the plan's arithmetic, split, at least one element a channel, finite wherever the weight is 0.
+        groups: of the call.
         weights: of the call, or None.
     """
-    count = plan.count
-    assert count is not None
 
     def mean(values: jax.Array) -> jax.Array:
-        total = jnp.sum(values, axis=plan.reduced, keepdims=True)
-        return total / count if weights is None else total
+        total = jnp.sum(values, axis=groups.reduced, keepdims=True)
+        return total / groups.counts if weights is None else total
 
     def weighted(values: jax.Array) -> jax.Array:
-        return values if weights is None else values * weights.proportions
+        if weights is not None:
+            return values * weights.proportions
+        return values if groups.present is None else jnp.where(groups.present, values, 0)
 
     shift = jax.lax.stop_gradient(mean(weighted(x)))
     shifted = x - shift
@@ -61,48 +75,27 @@ def batch_moments(x: jax.Array, plan: CallPlan, weights: Weights | None) -> Mome
     variance = mean(weighted(deviation) * deviation)
     biased = jax.lax.stop_gradient(variance)
     if weights is None:
-        unbiased = biased * (count / (count - 1)) if count > 1 else jnp.zeros_like(biased)
+        single = groups.counts == 1
+        unbiased = jnp.where(single, 0, biased * (groups.counts / np.where(single, 1, groups.counts - 1)))
     else:
-        single = weights.spread_out == 0
-        unbiased = jnp.where(single, 0, biased / jnp.where(single, 1, weights.spread_out))
+        alone = weights.spread_out == 0
+        unbiased = jnp.where(alone, 0, biased / jnp.where(alone, 1, weights.spread_out))
     return Moments(shift, rest, variance, unbiased)
 
 
-def updated(
-    state: BatchNormState[jax.Array], batch: Moments, spec: BatchNormSpec, some: jax.Array | None
-) -> BatchNormState[jax.Array]:
-    """The state after one batch's statistics entered it: d s + (1-d) batch.
+def entering(batch: Moments, groups: Groups, weights: Weights | None) -> Entering:
+    """All groups' statistics as one: sum(W_g m_g)/sum(W_g), and so on."""
+    shares = groups.counts / groups.counts.sum() if weights is None else weights.shares
 
-    Args:
-        state: with moving statistics; a numpy array in it becomes JAX's.
-        batch: what enters; no gradient passes through.
-        spec: of the layer.
-        some: a boolean scalar: False leaves the state as it was; None: it certainly enters.
-    """
-    assert state.moving_mean is not None
-    assert state.moving_variance is not None
-    counter = counter_of(state)
-    t = counter + 1
-    stored = jnp.dtype(spec.stats_dtype)
-    arithmetic = jnp.promote_types(stored, batch.variance.dtype)
-    # 1/t is the accurate one of the two: 1 - (1 - 1/t) would lose its digits.
-    new: jax.Array | float = 1 / t.astype(arithmetic) if spec.decay == "cumulative" else 1.0 - float(spec.decay)
-    old: jax.Array | float = 1 - new if spec.decay == "cumulative" else float(spec.decay)
-    mean = jax.lax.stop_gradient(batch.shift + batch.rest)
-    enters = jnp.ones(spec.num_features, bool) if some is None else jnp.broadcast_to(some, (spec.num_features,))
-    if spec.nonfinite == "keep":
-        # The mean and the biased variance decide: the unbiased variance is derived from them.
-        enters &= (jnp.isfinite(mean) & jnp.isfinite(batch.variance)).reshape(-1)
+    def pooled(values: jax.Array) -> jax.Array:
+        values = jax.lax.stop_gradient(values)
+        if groups.axis is not None:
+            values = jnp.sum(values * shares, axis=groups.axis)
+        return values.reshape(-1)
 
-    def average(before: jax.Array, entering: jax.Array) -> jax.Array:
-        moved = old * jnp.asarray(before, arithmetic) + new * entering.reshape(-1).astype(arithmetic)
-        return jax.lax.stop_gradient(jnp.where(enters, moved.astype(stored), jnp.asarray(before, stored)))
-
-    return state.replace(
-        moving_mean=average(state.moving_mean, mean),
-        moving_variance=average(
-            state.moving_variance,
-            batch.unbiased if spec.moving_variance_estimator == "unbiased" else jax.lax.stop_gradient(batch.variance),
-        ),
-        num_updates=t if some is None else jnp.where(some, t, counter),
+    return Entering(
+        mean=pooled(batch.shift + batch.rest),
+        variance=pooled(batch.variance),
+        unbiased=pooled(batch.unbiased),
+        some=None if weights is None else jnp.any(weights.some),
     )

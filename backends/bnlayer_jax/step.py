@@ -11,12 +11,14 @@ from .layer import BatchNorm
 
 
 class StepInput(NamedTuple):
-    """One call's arrays; `weights` get a gradient, `mask` does not; at most one of the two is given."""
+    """One call's arrays; `weights` get a gradient, `mask` does not; at most one of the two is given. Nor does
+    `adjustment`."""
 
     x: jax.Array
     weights: jax.Array | None
     mask: jax.Array | None
     dy: jax.Array | None
+    adjustment: tuple[jax.Array, jax.Array] | None
 
 
 class StepGradients(NamedTuple):
@@ -28,7 +30,12 @@ class StepGradients(NamedTuple):
 
 @partial(jax.jit, static_argnames=("training", "update_stats"))
 def run_step(
-    layer: BatchNorm, inputs: list[StepInput], *, training: bool, update_stats: bool
+    layer: BatchNorm,
+    inputs: list[StepInput],
+    clips: dict[str, float | None] | None,
+    *,
+    training: bool,
+    update_stats: bool,
 ) -> tuple[list[jax.Array], BatchNorm, StepGradients]:
     """Each call's y, the layer after, and the gradients of sum(dy y) over the calls that have a `dy`."""
 
@@ -39,7 +46,12 @@ def run_step(
         for call in inputs:
             x, weights = (call.x, call.weights) if call.dy is None else next(given)
             y, after = after(
-                x, training=training, weights=call.mask if weights is None else weights, update_stats=update_stats
+                x,
+                training=training,
+                weights=call.mask if weights is None else weights,
+                update_stats=update_stats,
+                adjustment=call.adjustment,
+                renorm_clips=clips,
             )
             ys.append(y)
             # A call that no gradient comes back to is left out: 0 times its non-finite values would be NaN.

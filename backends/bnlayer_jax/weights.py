@@ -13,22 +13,28 @@ from jax.core import Tracer
 from bnlayer.call import CallPlan
 from bnlayer.errors import InputError
 
+from .ghosts import Groups
+
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Weights of one call, in the plan's arithmetic.
+    """Weights of one call, in the plan's arithmetic, split by group; each attribute broadcasts against a split x.
 
     Attributes:
-        positive: where the weight is above 0, in the plan's `weights_shape`.
-        proportions: w/W, so that they sum to 1 over all positions of a channel; all 0 where W is 0; differentiable.
-        some: whether W is above 0, a scalar.
-        spread_out: 1 - Q/W^2, that is 1 - 1/n; exactly 0 where a single position has weight, and where W is 0.
+        positive: where the weight is above 0.
+        proportions: w/W, so that they sum to 1 over a group's positions of a channel; all 0 where its W is 0;
+            differentiable.
+        some: whether a group's W is above 0.
+        spread_out: a group's 1 - Q/W^2, that is 1 - 1/n; exactly 0 where a single position has weight, and where W
+            is 0.
+        shares: each group's part in the total weight of all; carries no gradient.
     """
 
     positive: jax.Array
     proportions: jax.Array
     some: jax.Array
     spread_out: jax.Array
+    shares: jax.Array
 
 
 def check_values(weights: Any) -> None:
@@ -58,8 +64,9 @@ def as_array(weights: Any) -> jax.Array:
     return jnp.asarray(weights)
 
 
-def related(weights: jax.Array, plan: CallPlan) -> Weights:
-    """The weights in relation to their total. Negative or non-finite ones, seen only under a trace, make all NaN."""
+def related(weights: jax.Array, plan: CallPlan, groups: Groups) -> Weights:
+    """The weights in relation to their group's total. Negative or non-finite ones, seen only under a trace, make every
+    group NaN."""
     assert plan.weights_shape is not None
     assert plan.count is not None
     arithmetic = jnp.dtype(plan.arithmetic)
@@ -67,19 +74,32 @@ def related(weights: jax.Array, plan: CallPlan) -> Weights:
     # float64 weights of a float32 x keep their range until they are proportions.
     values = values.astype(jnp.promote_types(values.dtype, arithmetic) if _is_float(values) else arithmetic)
     values = jnp.where(jnp.all((values >= 0) & (values < jnp.inf)), values, jnp.nan)
+    if groups.axis is not None:
+        values = jnp.broadcast_to(values, (groups.rows, *values.shape[1:]))
     spread = plan.count // values.size  # positions of x that one weight stands for
-    largest = jax.lax.stop_gradient(jnp.max(values))
+    values = groups.split(values)
+    if groups.present is not None:
+        values = jnp.where(groups.present, values, 0)
+    largest = jax.lax.stop_gradient(_over(jnp.max, values, groups))
     some = ~(largest <= 0)  # NaN counts as some, so that it reaches the statistics
     # Relative to the largest, neither the total nor the squares can overflow or vanish; the ratio w/W does not
     # depend on it, so it needs no gradient.
     relative = _quotient(values, jnp.where(some, largest, 1))
-    proportions = _quotient(relative, jnp.where(some, jnp.sum(relative) * spread, 1))
+    total = _over(jnp.sum, relative, groups) * spread
+    proportions = _quotient(relative, jnp.where(some, total, 1))
     return Weights(
         positive=values > 0,
         proportions=proportions.astype(arithmetic),
         some=some,
-        spread_out=_spread_out(jax.lax.stop_gradient(relative), spread).astype(arithmetic),
+        spread_out=_spread_out(jax.lax.stop_gradient(relative), spread, groups).astype(arithmetic),
+        shares=_shares(largest, jax.lax.stop_gradient(total)).astype(arithmetic),
     )
+
+
+def _over(reduction: Any, values: jax.Array, groups: Groups) -> jax.Array:
+    """`reduction` of each group's values."""
+    reduced: jax.Array = reduction(values, axis=groups.reduced, keepdims=True)
+    return reduced
 
 
 def _quotient(values: jax.Array, scalar: jax.Array) -> jax.Array:
@@ -94,17 +114,28 @@ def _quotient(values: jax.Array, scalar: jax.Array) -> jax.Array:
     return values / divisors
 
 
-def _spread_out(relative: jax.Array, spread: int) -> jax.Array:
-    """1 - Q/W^2 for weights whose largest is 1.
+def _shares(largest: jax.Array, total: jax.Array) -> jax.Array:
+    """W_g / sum(W), from each group's largest weight and its W relative to that; all 0 where there is no weight."""
+    top = jnp.max(largest)
+    scaled = _quotient(largest, jnp.where(top > 0, top, 1)) * total
+    everything = jnp.sum(scaled)
+    return _quotient(scaled, jnp.where(everything == 0, 1, everything))
+
+
+def _spread_out(relative: jax.Array, spread: int, groups: Groups) -> jax.Array:
+    """1 - Q/W^2 of each group, for weights whose largest is 1.
 
     With one largest weight set aside, W = 1 + R and W^2 - Q = 2 R + R^2 - Q_R, whose terms do not cancel: 1 - Q/W^2
     itself would round to 0 under one dominant weight, and the unbiased variance to infinity.
     """
-    flat = relative.reshape(-1)
-    others = flat.at[jnp.argmax(flat)].set(0)
-    rest = jnp.sum(others) * spread + (spread - 1)
-    squares = jnp.sum(jnp.square(others)) * spread + (spread - 1)
-    return (2 * rest + (jnp.square(rest) - squares)) / jnp.square(1 + rest)
+    flat = relative.reshape(1, -1)
+    if groups.axis is not None:
+        flat = jnp.moveaxis(relative, groups.axis, 0).reshape(relative.shape[groups.axis], -1)
+    others = flat.at[jnp.arange(len(flat)), jnp.argmax(flat, axis=1)].set(0)
+    rest = jnp.sum(others, axis=1) * spread + (spread - 1)
+    squares = jnp.sum(jnp.square(others), axis=1) * spread + (spread - 1)
+    apart = (2 * rest + (jnp.square(rest) - squares)) / jnp.square(1 + rest)
+    return apart.reshape(groups.counts.shape)
 
 
 def _is_float(array: jax.Array) -> bool:

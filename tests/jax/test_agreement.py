@@ -187,7 +187,7 @@ def test_one_dominant_weight_leaves_the_unbiased_variance_right() -> None:
 
 
 def test_what_is_missing_is_refused_by_name() -> None:
-    spec = BatchNormSpec(3, zero_debias="mean")
-    assert "zero_debias" in (JAX.unsupported(spec) or "")
-    with pytest.raises(UnsupportedError, match="zero_debias"):
+    spec = BatchNormSpec(3, synchronized=True)
+    assert "synchronized" in (JAX.unsupported(spec) or "")
+    with pytest.raises(UnsupportedError, match="synchronized"):
         JAX.build(spec)
