@@ -1,6 +1,7 @@
 """Batch normalization for TensorFlow: a pure function on tensors, and a `tf.Module` that keeps its state.
 
-TensorFlow is imported when `batch_norm` or `BatchNorm` is first asked for.
+TensorFlow is imported when `batch_norm`, `BatchNorm` or `v1`, the functions for TensorFlow 1's graphs and sessions, is
+first asked for.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import v1
     from .function import batch_norm
     from .layer import BatchNorm
 
-__all__ = ["BatchNorm", "batch_norm"]
+__all__ = ["BatchNorm", "batch_norm", "v1"]
 
 _HOMES = {"BatchNorm": ".layer", "batch_norm": ".function"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "v1":
+        return importlib.import_module(".v1", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name], __name__), name)
