@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, Final
 
@@ -196,7 +197,7 @@ def ghosts(spec: dict[str, Any], rows: int) -> list[range]:
     cuts = [0]
     for g in range(number):  # the first `rows % number` ghosts take one row more
         cuts.append(cuts[-1] + rows // number + (1 if g < rows % number else 0))
-    return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(cuts)]
 
 
 def _moments_of(x: Numbers, w: Numbers, total: Number, spec: dict[str, Any], rounding: bounds.Rounding) -> Batch:

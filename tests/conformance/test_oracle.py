@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from mpmath import mp, mpf
 
-from bnlayer.spec import BatchNormSpec
+from bnlayer.spec import BatchNormSpec, Renorm
 from bnlayer_conformance import oracle
 from bnlayer_conformance.authoring import draw
 from bnlayer_conformance.authoring.case import exact
@@ -23,12 +23,21 @@ def _spec(**fields: Any) -> dict[str, Any]:
 
 
 def _state() -> oracle.State:
-    averages = [oracle.Average(mpf("0.3"), mpf("1.7")), oracle.Average(mpf("-1.1"), mpf("0.4"))]
+    averages = [
+        {
+            "moving_mean": oracle.Tracked(mpf(mean)),
+            "moving_variance": oracle.Tracked(mpf(variance)),
+            "renorm_mean": oracle.Tracked(mpf(40)),  # far enough that the clips below hold
+            "renorm_stddev": oracle.Tracked(mpf(20)),
+        }
+        for mean, variance in (("0.3", "1.7"), ("-1.1", "0.4"))
+    ]
     return oracle.State([mpf("1.25"), mpf("-0.5")], [mpf("0.1"), mpf(2)], averages, 0)
 
 
-def _call(weights: list[Any] | None) -> oracle.OneCall:
+def _call(weights: list[Any] | None, adjusted: bool = False) -> oracle.OneCall:
     count = len(PLACES[0])
+    adjustment = (exact(draw.normal("oracle/s", SHAPE, "float64")), exact(draw.normal("oracle/b", SHAPE, "float64")))
     return oracle.OneCall(
         x=exact(draw.normal("oracle/x", SHAPE, "float64", mean=0.5, std=2.0)),
         shape=SHAPE,
@@ -38,6 +47,7 @@ def _call(weights: list[Any] | None) -> oracle.OneCall:
         weight_of=list(range(count)),
         real_weights=None if weights is None else count,
         weights_dtype="float64",
+        adjustment=adjustment if adjusted else None,
     )
 
 
@@ -48,6 +58,11 @@ MODES = [
     pytest.param(True, {}, WEIGHTS, id="weighted"),
     pytest.param(False, {"track_moving_stats": False}, WEIGHTS, id="untracked-weighted"),
     pytest.param(True, {"scale": False}, WEIGHTS, id="no-gamma"),
+    pytest.param(True, {"virtual_batch_size": 2}, WEIGHTS, id="ghosts-strided"),
+    pytest.param(True, {"virtual_batch_size": 2, "virtual_batch_layout": "consecutive"}, WEIGHTS, id="ghosts"),
+    # r and d carry no gradient: here their clips hold, so that they are constant in truth.
+    pytest.param(True, {"renorm": Renorm(r_min=0.75, r_max=2.0, d_max=0.5)}, WEIGHTS, id="renorm"),
+    pytest.param(True, {"adjusted": True}, WEIGHTS, id="adjusted"),
 ]
 
 
@@ -75,7 +90,9 @@ def _close(got: list[Any], want: list[Any]) -> None:
 def test_gradients_are_the_derivatives_of_the_forward_pass(
     training: bool, fields: dict[str, Any], weights: list[Any] | None
 ) -> None:
-    spec, state, call = _spec(**fields), _state(), _call(weights)
+    fields = dict(fields)
+    call = _call(weights, fields.pop("adjusted", False))
+    spec, state = _spec(**fields), _state()
     if fields.get("scale") is False:
         state.gamma = None
     if fields.get("track_moving_stats") is False:

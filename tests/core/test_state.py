@@ -127,11 +127,41 @@ def test_astype_is_the_explicit_word_for_another_dtype() -> None:
 EVERY = [(label, name) for label, spec in SPECS.items() for name in array_names(spec)]
 
 
-@pytest.mark.parametrize(("label", "name"), EVERY)
+BEHIND = ("hidden_mean", "hidden_variance", "renorm_mean", "renorm_stddev", "moving_stddev")
+
+
+@pytest.mark.parametrize(("label", "name"), [pair for pair in EVERY if pair[1] not in BEHIND])
 def test_a_missing_array_is_named(label: str, name: str) -> None:
     state = BatchNormState.initial(SPECS[label]).replace(**{name: None})
     with pytest.raises(StateError, match=rf"the state lacks {name}, which this spec needs"):
         state.checked(SPECS[label])
+
+
+def test_a_plain_state_fits_a_debiased_spec_if_it_counted() -> None:
+    spec = BatchNormSpec(2, decay=0.5, zero_debias="all")
+    plain = BatchNormState(
+        gamma=np.ones(2, np.float32),
+        beta=np.zeros(2, np.float32),
+        moving_mean=np.array([1.0, -2.0], np.float32),
+        moving_variance=np.array([4.0, 0.5], np.float32),
+        num_updates=2,
+    )
+    state = plain.checked(spec)
+    np.testing.assert_array_equal(state.hidden_mean, np.array([0.75, -1.5], np.float32))  # times 1 - 0.5**2
+    np.testing.assert_array_equal(state.hidden_variance, np.array([3.0, 0.375], np.float32))
+    with pytest.raises(StateError, match="give num_updates"):
+        plain.replace(num_updates=None).checked(spec)
+
+
+def test_a_plain_state_fits_a_renorm_spec() -> None:
+    spec = BatchNormSpec(2, epsilon=0.25, renorm=Renorm())
+    plain = BatchNormState.initial(BatchNormSpec(2, epsilon=0.25)).replace(
+        moving_mean=np.array([1.0, -2.0], np.float32), moving_variance=np.array([2.0, 0.75], np.float32)
+    )
+    state = plain.checked(spec)
+    np.testing.assert_array_equal(state.renorm_mean, plain.moving_mean)
+    for stddev in (state.renorm_stddev, state.moving_stddev):
+        np.testing.assert_array_equal(stddev, np.array([1.5, 1.0], np.float32))
 
 
 @pytest.mark.parametrize(("label", "name"), [pair for pair in itertools.product(SPECS, NAMES) if pair not in EVERY])

@@ -5,21 +5,19 @@ Not for use: it is slow and plain on purpose. `catalogue` names the mutants, `bu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bnlayer.call import plan_call, trains
+from bnlayer.call import RenormClips, plan_call, renorm_clips, trains
 from bnlayer.contract import Call, CallOutcome, Missing, NDArray, Outcome, Request
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
-_MISSING = Missing(
-    fields=dict.fromkeys(("renorm", "virtual_batch_size", "zero_debias", "synchronized"), "not part of the mutants"),
-    adjustment="not part of the mutants",
-)
+_MISSING = Missing(fields={"synchronized": "not part of the mutants"})
 
 
 @dataclass
@@ -31,15 +29,29 @@ class Layer:
 
 
 @dataclass
-class Tape:
-    """What one forward call leaves for its backward call. `p` is None where the moving statistics normalized."""
+class Batch:
+    """What may enter the averages: a (ghost) batch's mean, biased and unbiased variance, broadcast; its weight."""
 
-    x: NDArray
+    mean: NDArray
+    variance: NDArray
+    unbiased: NDArray
+    W: float
+
+
+@dataclass
+class Tape:
+    """What one (ghost) batch leaves for the backward pass. `p` is None where the moving statistics normalized."""
+
+    rows: slice
     xhat: NDArray
     variance: NDArray
     sd: NDArray
     p: NDArray | None
     w: NDArray
+    r: NDArray
+    dd: NDArray
+    s: NDArray
+    b: NDArray
     axis: int
     axes: tuple[int, ...]
 
@@ -78,13 +90,13 @@ class Base:
             outcomes, gradients, tapes = [], [], []
             before = layer.state
             for call in request.calls:
-                y, tape = _forward(layer, call, request)
-                tapes.append((call, y, tape))
-            for call, y, tape in tapes:
+                y, of_call = _forward(layer, call, request)
+                tapes.append((call, y, of_call))
+            for call, y, of_call in tapes:
                 if call.dy is None:
                     outcomes.append(CallOutcome(y))
                     continue
-                dx, dgamma, dbeta, dweights = _backward(before, layer.spec, call, tape)
+                dx, dgamma, dbeta, dweights = _backward(before, layer.spec, call, of_call)
                 gradients.append((dgamma, dbeta))
                 outcomes.append(CallOutcome(y, dx=dx, dweights=dweights))
             sum_gamma = _sum([g for g, _ in gradients], before.gamma)
@@ -96,11 +108,13 @@ def _sum(parts: list[NDArray], like: NDArray | None) -> NDArray | None:
     return None if like is None or not parts else np.sum(parts, axis=0).astype(like.dtype)
 
 
-def _forward(layer: Layer, call: Call, request: Request) -> tuple[NDArray, Tape]:
+def _forward(layer: Layer, call: Call, request: Request) -> tuple[NDArray, list[Tape]]:
     spec, state = layer.spec, layer.state
     training = trains(spec, request.training, request.frozen_statistics)
     given = None if call.weights is None else call.weights.shape
-    plan_call(spec, call.x.shape, call.x.dtype.name, training=training, weights_shape=given)
+    adjusted = None if call.adjustment is None else (call.adjustment[0].shape, call.adjustment[1].shape)
+    clips = renorm_clips(spec, request.renorm_clips)
+    plan_call(spec, call.x.shape, call.x.dtype.name, training=training, weights_shape=given, adjustment_shapes=adjusted)
     if call.weights is not None and not bool(np.all((call.weights >= 0) & (call.weights < np.inf))):
         raise InputError("weights must be finite and not negative.")
     arithmetic = np.float64 if call.x.dtype == np.float64 else np.float32
@@ -112,14 +126,61 @@ def _forward(layer: Layer, call: Call, request: Request) -> tuple[NDArray, Tape]
     def per_channel(values: NDArray) -> NDArray:
         return values.astype(arithmetic).reshape(shape)
 
+    w = _spread(call.weights, x.shape, axis)
+    y, tapes, batches = np.empty_like(x), [], []
+    for rows in _ghosts(spec, x.shape[0], training):
+        tape, entering = _part(state, spec, call, clips, x[rows], w[rows], axis, axes, shape, training)
+        tape.rows = rows
+        z = tape.xhat * tape.r + tape.dd
+        y[rows] = z * tape.s + tape.b
+        tapes.append(tape)
+        if entering is not None:
+            batches.append(entering)
+    if state.gamma is not None:
+        y = y * per_channel(state.gamma)
+    if state.beta is not None:
+        y = y + per_channel(state.beta)
+    y = y.astype(call.x.dtype)
+    moves = training and request.update_stats and spec.track_moving_stats and len(batches) > 0
+    if moves:
+        layer.state = _moved(state, spec, _joined(batches))
+    return y, tapes
+
+
+def _ghosts(spec: BatchNormSpec, rows: int, training: bool) -> list[slice]:
+    size = spec.virtual_batch_size
+    if size is None or not training or rows == 0:
+        return [slice(None)]
+    number = math.ceil(rows / size)
+    if spec.virtual_batch_layout == "strided":
+        return [slice(g, None, number) for g in range(number)]
+    sizes = [len(part) for part in np.array_split(np.arange(rows), number)]
+    return [slice(sum(sizes[:g]), sum(sizes[: g + 1])) for g in range(number)]
+
+
+def _part(
+    state: BatchNormState[NDArray],
+    spec: BatchNormSpec,
+    call: Call,
+    clips: RenormClips,
+    x: NDArray,
+    w: NDArray,
+    axis: int,
+    axes: tuple[int, ...],
+    shape: tuple[int, ...],
+    training: bool,
+) -> tuple[Tape, Batch | None]:
+    arithmetic = x.dtype.type
+
+    def per_channel(values: NDArray) -> NDArray:
+        return values.astype(arithmetic).reshape(shape)
+
     def total(values: NDArray) -> NDArray:
         summed = np.sum(values, axis=axes, keepdims=True, dtype=np.float64)
         return np.asarray(summed.astype(arithmetic))
 
-    w = _spread(call.weights, x.shape, axis)
     seen = np.where(w > 0, x, 0)
     W = np.sum(w)
-    count = w.size
     batch = training or not spec.track_moving_stats
     batch = batch and bool(W > 0)
     if batch:
@@ -139,29 +200,65 @@ def _forward(layer: Layer, call: Call, request: Request) -> tuple[NDArray, Tape]
         variance = unbiased = np.ones(shape, arithmetic)
     sd = np.sqrt(variance + arithmetic(spec.epsilon))
     xhat = (x - mean) / sd
-    y = xhat
-    if state.gamma is not None:
-        y = y * per_channel(state.gamma)
-    if state.beta is not None:
-        y = y + per_channel(state.beta)
-    y = y.astype(call.x.dtype)
-    moves = training and request.update_stats and spec.track_moving_stats and batch and count > 0
-    if moves and state.moving_mean is not None and state.moving_variance is not None:
-        t = state.num_updates + 1
-        d = 1 - 1 / t if spec.decay == "cumulative" else float(spec.decay)
-        entering = unbiased if spec.moving_variance_estimator == "unbiased" else variance
-        old_mean = state.moving_mean.astype(np.float64)
-        old_variance = state.moving_variance.astype(np.float64)
-        new_mean = d * old_mean + (1 - d) * mean.reshape(-1)
-        new_variance = d * old_variance + (1 - d) * entering.reshape(-1)
-        if spec.nonfinite == "keep":
-            good = np.isfinite(mean).reshape(-1) & np.isfinite(variance).reshape(-1)
-            new_mean = np.where(good, new_mean, state.moving_mean)
-            new_variance = np.where(good, new_variance, state.moving_variance)
-        new_mean = new_mean.astype(state.moving_mean.dtype)
-        new_variance = new_variance.astype(state.moving_variance.dtype)
-        layer.state = state.replace(moving_mean=new_mean, moving_variance=new_variance, num_updates=t)
-    return y, Tape(x, xhat, variance, sd, p, w, axis, axes)
+    r, dd = np.ones(shape, arithmetic), np.zeros(shape, arithmetic)
+    corrects = batch and training
+    if corrects and state.renorm_mean is not None and state.renorm_stddev is not None:
+        den = np.maximum(per_channel(state.renorm_stddev), arithmetic(math.sqrt(spec.epsilon)))
+        r = sd / den
+        dd = (mean - per_channel(state.renorm_mean)) / den
+        r = r if clips.r_min is None else np.maximum(r, arithmetic(clips.r_min))
+        r = r if clips.r_max is None else np.minimum(r, arithmetic(clips.r_max))
+        dd = dd if clips.d_max is None else np.clip(dd, arithmetic(-clips.d_max), arithmetic(clips.d_max))
+    s, b = np.ones((), arithmetic), np.zeros((), arithmetic)
+    adjusts = batch and training
+    if adjusts and call.adjustment is not None:
+        s = call.adjustment[0].astype(arithmetic)
+        b = call.adjustment[1].astype(arithmetic)
+    enters = Batch(mean, variance, unbiased, float(W)) if batch or not training else None
+    return Tape(slice(None), xhat, variance, sd, p, w, r, dd, s, b, axis, axes), enters
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    """What enters for all ghosts together."""
+    shares = np.array([batch.W for batch in batches]) / sum(batch.W for batch in batches)
+    mean = sum(q * batch.mean for q, batch in zip(shares, batches, strict=True))
+    variance = sum(q * batch.variance for q, batch in zip(shares, batches, strict=True))
+    unbiased = sum(q * batch.unbiased for q, batch in zip(shares, batches, strict=True))
+    return Batch(np.asarray(mean), np.asarray(variance), np.asarray(unbiased), 1.0)
+
+
+def _moved(state: BatchNormState[NDArray], spec: BatchNormSpec, batch: Batch) -> BatchNormState[NDArray]:
+    mean, variance, unbiased = batch.mean, batch.variance, batch.unbiased
+    t = state.num_updates + 1
+    d = 1 - 1 / t if spec.decay == "cumulative" else float(spec.decay)
+    entering = unbiased if spec.moving_variance_estimator == "unbiased" else variance
+    old = {name: array.astype(np.float64) for name, array in state.arrays().items()}
+    old_mean = old["moving_mean"]
+    old_variance = old["moving_variance"]
+    new = {}
+    new_mean = d * old_mean + (1 - d) * mean.reshape(-1)
+    new_variance = d * old_variance + (1 - d) * entering.reshape(-1)
+    started = -math.expm1(t * math.log(d)) if d > 0 else 1.0
+    if spec.zero_debias != "none":
+        new["hidden_mean"] = d * old["hidden_mean"] + (1 - d) * mean.reshape(-1)
+        new_mean = new["hidden_mean"] / started
+    if spec.zero_debias == "all":
+        new["hidden_variance"] = d * old["hidden_variance"] + (1 - d) * entering.reshape(-1)
+        new_variance = new["hidden_variance"] / started
+    if spec.renorm is not None:
+        R = spec.renorm.decay
+        stddev = np.sqrt(variance.astype(np.float64).reshape(-1) + spec.epsilon)
+        new["renorm_mean"] = R * old["renorm_mean"] + (1 - R) * mean.reshape(-1)
+        new["renorm_stddev"] = R * old["renorm_stddev"] + (1 - R) * stddev
+        new["moving_stddev"] = d * old["moving_stddev"] + (1 - d) * stddev
+        new_variance = np.maximum(np.square(new["moving_stddev"]) - spec.epsilon, 0)
+    new["moving_mean"] = new_mean
+    new["moving_variance"] = new_variance
+    if spec.nonfinite == "keep":
+        good = np.isfinite(mean).reshape(-1) & np.isfinite(variance).reshape(-1)
+        new = {name: np.where(good, values, old[name]) for name, values in new.items()}
+    new = {name: values.astype(getattr(state, name).dtype) for name, values in new.items()}
+    return state.replace(**new, num_updates=t)
 
 
 def _spread(weights: NDArray | None, shape: tuple[int, ...], axis: int) -> NDArray:
@@ -178,35 +275,43 @@ def _spread(weights: NDArray | None, shape: tuple[int, ...], axis: int) -> NDArr
 
 
 def _backward(
-    state: BatchNormState[NDArray], spec: BatchNormSpec, call: Call, tape: Tape
+    state: BatchNormState[NDArray], spec: BatchNormSpec, call: Call, tapes: list[Tape]
 ) -> tuple[NDArray, NDArray, NDArray, NDArray | None]:
     assert call.dy is not None
-    x, sd, axes = tape.x, tape.sd, tape.axes
-    shape = sd.shape
-    dy = call.dy.astype(x.dtype)
-    xhat = np.where((tape.w > 0) | np.isfinite(tape.xhat), tape.xhat, 0)
+    axes, shape = tapes[0].axes, tapes[0].sd.shape
+    arithmetic = tapes[0].xhat.dtype
+    dy = call.dy.astype(arithmetic)
+    gamma = np.ones(shape) if state.gamma is None else state.gamma.astype(np.float64).reshape(shape)
+    dx, each = np.zeros(dy.shape), np.zeros(dy.shape)
+    dgamma = np.zeros(spec.num_features)
 
     def total(values: NDArray) -> NDArray:
         return np.asarray(np.sum(values, axis=axes, keepdims=True, dtype=np.float64))
 
-    s1 = total(dy)
-    s2 = total(dy * xhat)
-    gamma = np.ones(shape) if state.gamma is None else state.gamma.astype(np.float64).reshape(shape)
-    p = tape.p
-    inner = dy
-    if p is not None:
-        inner = dy - p * (s1 + xhat * s2)
-    dx = gamma / sd * inner
-    dgamma = s2.reshape(-1)
-    dbeta = s1.reshape(-1)
+    for tape in tapes:
+        xhat = np.where((tape.w > 0) | np.isfinite(tape.xhat), tape.xhat, 0)
+        dz = dy[tape.rows]
+        g = dz * tape.s
+        sd, r = tape.sd, tape.r
+        s1 = total(g)
+        s2 = total(g * xhat)
+        p = tape.p
+        inner = g
+        if p is not None:
+            inner = g - p * (s1 + xhat * s2)
+        dx[tape.rows] = gamma * r / sd * inner
+        z = (xhat * r + tape.dd) * tape.s + tape.b
+        dgamma = dgamma + total(dz * z).reshape(-1)
+        ratio = tape.variance / (tape.variance + spec.epsilon)
+        at = xhat * s1 + 0.5 * (np.square(xhat) - ratio) * s2
+        at = -gamma * r / max(float(np.sum(tape.w)), 1e-300) * at
+        if p is None:
+            at = np.zeros(xhat.shape)
+        each[tape.rows] = at
+    dbeta = total(dy).reshape(-1)
     dweights = None
     if call.weights is not None and call.weights.dtype.kind not in "biu":
-        ratio = tape.variance / (tape.variance + spec.epsilon)
-        each = xhat * s1 + 0.5 * (np.square(xhat) - ratio) * s2
-        each = -gamma / max(float(np.sum(tape.w)), 1e-300) * each
-        if tape.p is None:
-            each = np.zeros(x.shape)
-        dweights = _gathered(each, call.weights, tape.axis)
+        dweights = _gathered(each, call.weights, tapes[0].axis)
     return dx.astype(call.x.dtype), dgamma, dbeta, dweights
 
 

@@ -35,7 +35,7 @@ CASES = [
     valid("off", "r fixed at 1, d at 0: plain batch normalization, but for eval's variance.", {"renorm": _renorm(r_max=1.0, r_min=1.0, d_max=0.0)}, train(), evaluate(), state=_FAR),
     valid("far", "Averages far from the batch, all clips at work.", _CLIPPED, train(), evaluate(), state=_FAR),
     valid("far-free", "Averages far from the batch, no clip.", _FREE, train(), evaluate(), state=_FAR),
-    valid("small-deviation", "A renorm deviation below sqrt(epsilon) does not divide by nearly 0.", {**_CLIPPED, "epsilon": 0.01}, train(), state={"renorm_stddev": [1e-3, 0.05, 0.2]}),
+    valid("small-deviation", "A renorm deviation below sqrt(epsilon) does not divide by nearly 0.", {**_FREE, "epsilon": 0.01}, train(), state={"renorm_stddev": [1e-3, 0.05, 0.2]}),
     *(
         valid(f"decay-{decay}-renorm-{own}", "Two decays: the moving averages' and renorm's own.", {"renorm": _renorm(**_CLIPS, decay=own), "decay": decay},
               train(), train(), evaluate())
