@@ -41,4 +41,4 @@ def corrections(
 
 def _like(values: Tensor, clip: float | Tensor) -> Tensor:
     """The clip as a tensor without dimensions that goes with `values`."""
-    return torch.as_tensor(clip, dtype=values.dtype, device=values.device).detach()
+    return clip.detach().to(values) if isinstance(clip, Tensor) else values.new_full((), clip)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import bnlayer
-from bnlayer import BatchNormSpec, BatchNormState, InputError, UnsupportedError
+from bnlayer import BatchNormSpec, BatchNormState, InputError, Renorm, UnsupportedError
 from bnlayer.contract import Call, Outcome, Request
 
 torch = pytest.importorskip("torch", reason="pip install 'bnlayer[torch]'")
@@ -51,8 +52,9 @@ def test_each_backend_owns_its_own() -> None:
 
 def random_state(rng: np.random.Generator, spec: BatchNormSpec) -> BatchNormState[Any]:
     drawn = {n: rng.normal(size=a.shape).astype(a.dtype) for n, a in BatchNormState.initial(spec).arrays().items()}
-    if "moving_variance" in drawn:
-        drawn["moving_variance"] = np.exp(drawn["moving_variance"])
+    for name in ("moving_variance", "hidden_variance", "renorm_stddev", "moving_stddev"):
+        if name in drawn:
+            drawn[name] = np.exp(drawn[name])
     return BatchNormState(**drawn, num_updates=int(rng.integers(5)) if spec.track_moving_stats else 0)
 
 
@@ -132,6 +134,50 @@ def test_it_agrees_with_numpy(seed: int) -> None:
     compare(*outcomes, rtol=1e-9, atol=1e-9)
 
 
+def with_options(seed: int) -> tuple[BatchNormSpec, BatchNormState[Any], Request]:
+    """A random case, with the options that go together in it."""
+    spec, _, request = random_case(seed)
+    rng = np.random.default_rng([22, seed])
+
+    def pick(*choices: Any) -> Any:
+        return choices[int(rng.integers(len(choices)))]
+
+    options: dict[str, Any] = {
+        "virtual_batch_size": pick(None, 1, 2, 3),
+        "virtual_batch_layout": pick("strided", "consecutive"),
+    }
+    if spec.track_moving_stats and spec.decay != "cumulative":
+        if rng.uniform() < 0.5:
+            clips = {"r_max": pick(None, 1.5), "r_min": pick(None, 0.7), "d_max": pick(None, 0.5)}
+            options |= {"renorm": Renorm(**clips, decay=0.8), "moving_variance_estimator": "biased"}
+        elif spec.decay != 1.0:
+            options |= {"zero_debias": pick("mean", "all"), "nonfinite": "propagate"}
+    spec = spec.replace(**options)
+    calls = list(request.calls)
+    if spec.virtual_batch_size is None:
+        for i, call in enumerate(calls):
+            shape = call.x.shape
+            narrow = tuple(length if rng.uniform() < 0.5 else 1 for length in shape[pick(0, 1) :])
+            adjustment = pick(None, (rng.normal(size=narrow), rng.normal(size=shape)))
+            calls[i] = replace(call, adjustment=adjustment)
+    given = pick(None, {"r_max": 2.0, "r_min": None}, {"d_max": 0.1}) if spec.renorm is not None else None
+    request = replace(request, calls=tuple(calls), renorm_clips=given)
+    return spec, random_state(rng, spec), request
+
+
+@pytest.mark.parametrize("seed", range(1000, 1300))
+def test_it_agrees_with_numpy_in_every_option(seed: int) -> None:
+    spec, state, request = with_options(seed)
+    outcomes = []
+    for backend in (OURS, NUMPY):
+        layer = backend.build(spec, state)
+        assert backend.extract(layer)[0] == spec
+        layer, first = backend.step(layer, request)
+        outcomes.append((first, backend.step(layer, request)[1]))
+    for got, wanted in zip(*outcomes, strict=True):
+        compare(got, wanted, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2), (4, 3, 2, 5), (2, 3, 2, 3, 2)])
 def test_torchs_own_agrees_with_numpy(shape: tuple[int, ...], training: bool) -> None:
@@ -145,7 +191,8 @@ def test_torchs_own_agrees_with_numpy(shape: tuple[int, ...], training: bool) ->
 
 @pytest.mark.parametrize("change", [
     {"axis": -1}, {"moving_variance_estimator": "biased"}, {"scale": False}, {"stats_dtype": "float64"},
-    {"nonfinite": "keep"}, {"single_value": "allow"},
+    {"nonfinite": "keep"}, {"single_value": "allow"}, {"zero_debias": "all"}, {"virtual_batch_size": 2},
+    {"renorm": Renorm(), "moving_variance_estimator": "biased"},
 ])  # fmt: skip
 def test_torchs_own_names_what_it_lacks(change: dict[str, Any]) -> None:
     spec = BatchNormSpec(3, axis=1, moving_variance_estimator="unbiased").replace(**change)
@@ -161,6 +208,7 @@ def test_torchs_own_refuses_what_it_has_no_argument_for() -> None:
         "weights": Request((Call(x, weights=np.ones(4)),), training=True),
         "update_stats": Request((Call(x),), training=True, update_stats=False),
         "float64": Request((Call(x.astype(np.float64)),), training=True),
+        "adjustment": Request((Call(x, adjustment=(x, x)),), training=True),
     }
     for name, request in asked.items():
         assert name in (NATIVE.unsupported(spec, request) or "")
