@@ -67,7 +67,7 @@ class TensorFlowBackend:
                         training=request.training,
                         weights=w,
                         update_stats=request.update_stats,
-                        adjustment=None if call.adjustment is None else tuple(map(tf.constant, call.adjustment)),
+                        adjustment=call.adjustment,
                         renorm_clips=request.renorm_clips,
                     )
                     for call, x, w in zip(request.calls, xs, ws, strict=True)

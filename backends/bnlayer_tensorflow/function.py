@@ -30,7 +30,7 @@ def batch_norm(
     training: bool,
     weights: tf.Tensor | None = None,
     update_stats: bool = True,
-    adjustment: tuple[tf.Tensor, tf.Tensor] | None = None,
+    adjustment: tuple[Any, Any] | None = None,
     renorm_clips: Mapping[str, Any] | None = None,
     decay: Any = None,
 ) -> tuple[tf.Tensor, BatchNormState[tf.Tensor]]:
@@ -148,7 +148,10 @@ def _refuse_single_values(plan: CallPlan, spec: BatchNormSpec, count: Any, ghost
 
 
 def _adjustment(given: tuple[Any, Any]) -> tuple[tf.Tensor, tf.Tensor]:
-    scale, bias = (tf.convert_to_tensor(each, dtype_hint=tf.float64) for each in given)
+    # Python's numbers are float64; what has a dtype keeps it, to be looked at.
+    scale, bias = (
+        tf.convert_to_tensor(each, dtype_hint=None if hasattr(each, "dtype") else tf.float64) for each in given
+    )
     for name, each in (("scale", scale), ("bias", bias)):
         if not (each.dtype.is_floating or each.dtype.is_integer):
             raise InputError(f"the adjustment's {name} must be real; got {each.dtype.name}.")

@@ -66,7 +66,7 @@ class BatchNorm(tf.Module):
         training: bool,
         weights: tf.Tensor | None = None,
         update_stats: bool = True,
-        adjustment: tuple[tf.Tensor, tf.Tensor] | None = None,
+        adjustment: tuple[Any, Any] | None = None,
         renorm_clips: Mapping[str, Any] | None = None,
         decay: Any = None,
     ) -> tf.Tensor:

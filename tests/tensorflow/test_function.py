@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bnlayer
-from bnlayer import BatchNormSpec, BatchNormState, InputError
+from bnlayer import BatchNormSpec, BatchNormState, InputError, Renorm
 from bnlayer.contract import Call, Outcome, Request
 from bnlayer.state import array_dtype, array_names
 
@@ -21,8 +21,34 @@ def random_state(spec, rng):
     arrays = {}
     for name in array_names(spec):
         values = rng.normal(size=spec.num_features)
-        arrays[name] = (values**2 if name == "moving_variance" else values).astype(array_dtype(spec, name))
+        positive = name.endswith(("variance", "stddev"))
+        arrays[name] = (values**2 + 0.1 if positive else values).astype(array_dtype(spec, name))
     return BatchNormState(**arrays, num_updates=int(rng.integers(0, 5)))
+
+
+def random_options(rng):
+    """Fields of a spec that work together: at most one kind of average, and ghost batches with any of them."""
+    fields = {}
+    average = rng.choice(["plain", "cumulative", "mean", "all", "renorm", "untracked"])
+    if average == "cumulative":
+        fields["decay"] = "cumulative"
+    elif average in ("mean", "all"):
+        fields |= {"decay": float(rng.choice([0.0, 0.5, 0.999])), "zero_debias": str(average)}
+    else:
+        fields["decay"] = float(rng.choice([0.0, 0.5, 0.9, 1.0]))
+    if average == "renorm":
+        clips = {"r_max": 1.5, "r_min": 0.5, "d_max": 0.4}
+        fields["renorm"] = Renorm(decay=0.8, **{n: c for n, c in clips.items() if rng.random() < 0.7})
+    else:
+        fields["moving_variance_estimator"] = str(rng.choice(["biased", "unbiased"]))
+    if rng.random() < 0.4:
+        fields["virtual_batch_size"] = int(rng.integers(1, 5))
+        fields["virtual_batch_layout"] = str(rng.choice(["strided", "consecutive"]))
+    return {**fields, "track_moving_stats": average != "untracked"}
+
+
+def random_adjustment(shape, rng):
+    return tuple(rng.normal(size=[1 if rng.random() < 0.5 else n for n in shape]).astype("f4") for _ in range(2))
 
 
 def random_case(seed):
@@ -33,20 +59,17 @@ def random_case(seed):
     shape = [int(n) for n in rng.integers(1, 5, rank)]
     shape[0] += 2
     dtype = str(rng.choice(["float64", "float32", "float32", "float16", "bfloat16"]))
-    tracks = bool(rng.random() < 0.85)
-    decay = rng.choice([0.0, 0.5, 0.9, 1.0])
+    options = random_options(rng)
     spec = BatchNormSpec(
         shape[axis],
         axis=axis - (rank if rng.random() < 0.5 else 0),
         epsilon=float(rng.choice([1e-5, 1e-3, 0.1])),
-        decay="cumulative" if tracks and rng.random() < 0.2 else float(decay),
         center=bool(rng.random() < 0.8),
         scale=bool(rng.random() < 0.8),
-        moving_variance_estimator=str(rng.choice(["biased", "unbiased"])),
-        track_moving_stats=tracks,
         single_value="allow",
         param_dtype="float64" if dtype == "float64" else "float32",
         stats_dtype="float64" if dtype == "float64" else "float32",
+        **options,
     )
     calls = []
     for _ in range(int(rng.integers(1, 3))):
@@ -60,12 +83,15 @@ def random_case(seed):
         if weights_shape is not None:
             kind = rng.choice(["bool", "float32", "float64", "int32"])
             weights = (rng.uniform(0, 3, weights_shape) * (rng.random(weights_shape) < 0.7)).astype(str(kind))
-        calls.append(Call(x, dy=dy, weights=weights))
+        adjusts = spec.virtual_batch_size is None and rng.random() < 0.3
+        adjustment = random_adjustment(shape, rng) if adjusts else None
+        calls.append(Call(x, dy=dy, weights=weights, adjustment=adjustment))
     request = Request(
         tuple(calls),
-        training=bool(rng.random() < 0.8),
+        training=bool(rng.random() < 0.85),
         update_stats=bool(rng.random() < 0.8),
-        frozen_statistics=tracks and bool(rng.random() < 0.15),
+        frozen_statistics=spec.track_moving_stats and bool(rng.random() < 0.15),
+        renorm_clips={"r_max": 2.0, "d_max": None} if spec.renorm is not None and rng.random() < 0.3 else None,
     )
     return spec, random_state(spec, rng), request
 
@@ -97,7 +123,7 @@ def both(spec, state, request):
     return outcomes
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(120))
 def test_agrees_with_numpy_on_a_random_case(seed):
     spec, state, request = random_case(seed)
     same(*both(spec, state, request), TOLERANCE[request.calls[0].x.dtype.name])
