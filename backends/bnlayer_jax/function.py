@@ -139,11 +139,14 @@ def _normalized_and_updated(
             state = updated(state, entering(batch, groups, related_weights), spec)
     gamma = None if state.gamma is None else _per_channel(state.gamma, plan.arithmetic, groups.channel_shape)
     scales = Scales(jnp.sqrt(variance + spec.epsilon), renorm, adjustment, gamma)
-    y = _scaled(_centered(seen, shift, rest), scales)
-    if hidden is not None:
-        # x reaches its own y there, and through the mean the others; with x hidden, its part in the gradients of the
-        # scales is 0.
-        y = jnp.where(hidden, _scaled(_centered(x, shift, rest), jax.lax.stop_gradient(scales)), y)
+    centered = _centered(seen, shift, rest)
+    if hidden is None:
+        y = _scaled(centered, scales)
+    else:
+        # x reaches its own y there, and through the mean the others; in the gradients of the scales its xhat is 0.
+        y = _scaled(jnp.where(hidden, 0, centered), scales)
+        reached = _scaled(_centered(x, shift, rest), jax.lax.stop_gradient(scales))
+        y = jnp.where(hidden, reached + (y - jax.lax.stop_gradient(y)), y)
     if state.beta is not None:
         y = y + _per_channel(state.beta, plan.arithmetic, groups.channel_shape)
     return groups.join(y), state

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bnlayer import BatchNormSpec, BatchNormState, UnsupportedError
+from bnlayer import BatchNormSpec, BatchNormState, Renorm, UnsupportedError
 from bnlayer.contract import Call, Outcome, Request
 from bnlayer_jax.backend import BACKEND as JAX
 from bnlayer_numpy.backend import BACKEND as NUMPY
@@ -32,13 +32,13 @@ def random_state(rng: np.random.Generator, spec: BatchNormSpec) -> BatchNormStat
     drawn = {
         name: rng.normal(size=a.shape).astype(a.dtype) for name, a in BatchNormState.initial(spec).arrays().items()
     }
-    if "moving_variance" in drawn:
-        drawn["moving_variance"] = np.exp(drawn["moving_variance"])
+    for name in set(drawn) & {"moving_variance", "hidden_variance", "renorm_stddev", "moving_stddev"}:
+        drawn[name] = np.exp(drawn[name])
     return BatchNormState(**drawn, num_updates=int(rng.integers(5)))
 
 
-def random_case(seed: int) -> tuple[BatchNormSpec, BatchNormState[Any], list[Request]]:
-    rng = np.random.default_rng([20, seed])
+def random_case(seed: int, options: bool) -> tuple[BatchNormSpec, BatchNormState[Any], list[Request]]:
+    rng = np.random.default_rng([24 if options else 20, seed])
 
     def pick(*choices: Any) -> Any:
         return choices[int(rng.integers(len(choices)))]
@@ -46,7 +46,9 @@ def random_case(seed: int) -> tuple[BatchNormSpec, BatchNormState[Any], list[Req
     rank = pick(2, 3, 4, 5)
     shape = tuple(int(n) for n in rng.integers(2, 5, rank))
     axis = int(rng.integers(1, rank))
-    track = bool(rng.uniform() < 0.85)
+    if options:
+        shape = (int(rng.integers(3, 9)), *shape[1:])
+    track = options or bool(rng.uniform() < 0.85)
     decay = pick(0.0, 0.5, 0.9, 1.0, "cumulative") if track else 0.9
     spec = BatchNormSpec(
         shape[axis],
@@ -61,13 +63,21 @@ def random_case(seed: int) -> tuple[BatchNormSpec, BatchNormState[Any], list[Req
         param_dtype="float64",
         stats_dtype="float64",
     )
+    if options:
+        spec = with_options(rng, spec)
+    adjusts = options and spec.virtual_batch_size is None
+
+    def adjustment() -> tuple[np.ndarray, np.ndarray] | None:
+        forms = [shape, (shape[0], *(1,) * (rank - 1)), shape[1:], ()]
+        return pick(None, tuple(rng.uniform(0.5, 1.5, forms[int(rng.integers(4))]) for _ in range(2)))
 
     def call() -> Call:
         x = rng.normal(2.0, 3.0, shape)
         if rng.uniform() < 0.2:  # one channel is not finite
             np.moveaxis(x, axis, 0)[0].flat[0] = pick(np.nan, np.inf)
         dy = rng.normal(size=shape) if rng.uniform() < 0.9 else None
-        return Call(x, dy=dy, weights=random_weights(rng, shape, axis, "float64"))
+        weights = random_weights(rng, shape, axis, "float64")
+        return Call(x, dy=dy, weights=weights, adjustment=adjustment() if adjusts else None)
 
     def request() -> Request:
         return Request(
@@ -75,9 +85,27 @@ def random_case(seed: int) -> tuple[BatchNormSpec, BatchNormState[Any], list[Req
             training=pick(True, True, True, False),
             update_stats=pick(True, True, False),
             frozen_statistics=track and pick(True, False, False, False),
+            renorm_clips=pick(None, {"r_max": 1.5, "d_max": None}) if spec.renorm is not None else None,
         )
 
     return spec, random_state(rng, spec), [request(), request()]
+
+
+def with_options(rng: np.random.Generator, spec: BatchNormSpec) -> BatchNormSpec:
+    """The spec with renorm or zero_debias, or with ghost batches, or with ghosts and one of the two."""
+    kind, ghosted = int(rng.integers(3)), bool(rng.integers(2))
+    if kind == 0:
+        clips = {"r_max": 2.0, "r_min": 0.5, "d_max": 0.5}
+        renorm = Renorm(**{name: clip for name, clip in clips.items() if rng.integers(2)}, decay=0.7)
+        spec = spec.replace(renorm=renorm, decay=0.9, moving_variance_estimator="biased")
+    elif kind == 1:
+        zero_debias = ("mean", "all")[int(rng.integers(2))]
+        spec = spec.replace(zero_debias=zero_debias, decay=float(rng.choice([0.0, 0.6, 0.99])), nonfinite="propagate")
+    if ghosted:
+        layout = ("strided", "consecutive")[int(rng.integers(2))]
+        size = int(rng.integers(1, 6))
+        spec = spec.replace(virtual_batch_size=size, virtual_batch_layout=layout, single_value="allow")
+    return spec
 
 
 def assert_same(got: Any, want: Any, what: str) -> None:
@@ -99,9 +127,9 @@ def assert_agree(got: Outcome, want: Outcome) -> None:
         assert_same(got.state.arrays()[name], array, name)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_case(seed: int) -> None:
-    spec, state, requests = random_case(seed)
+@pytest.mark.parametrize(("seed", "options"), [(s, False) for s in range(30)] + [(s, True) for s in range(40)])
+def test_random_case(seed: int, options: bool) -> None:
+    spec, state, requests = random_case(seed, options)
     ours, reference = JAX.build(spec, state), NUMPY.build(spec, state)
     for request in requests:
         ours, got = JAX.step(ours, request)
