@@ -120,18 +120,18 @@ class BatchNormState(Generic[Array]):
                 is negative, or missing where the average depends on it.
         """
         counter = _checked_counter(self.num_updates, spec)
-        wanted = array_names(spec)
-        given: dict[str, Any] = dict(self.arrays())
-        given = {**{n: a for n, a in _behind(given, spec, counter).items() if n in wanted}, **given}
-        missing, extra = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
-        if missing:
-            raise StateError(f"the state lacks {', '.join(missing)}, which this spec needs; it has {_listed(given)}.")
+        wanted, given = array_names(spec), self.arrays()
+        extra = [name for name in given if name not in wanted]
         if extra:
             raise StateError(
                 f"the state has {', '.join(extra)}, which this spec has no place for; it takes {_listed(wanted)}."
             )
-        arrays = {name: _checked_array(name, given[name], spec) for name in wanted}
-        return BatchNormState(**arrays, num_updates=counter)
+        held = {name: _checked_array(name, given[name], spec) for name in wanted if name in given}
+        held = {**_behind(held, spec, counter), **held}
+        missing = [name for name in wanted if name not in held]
+        if missing:
+            raise StateError(f"the state lacks {', '.join(missing)}, which this spec needs; it has {_listed(given)}.")
+        return BatchNormState(**{name: held[name] for name in wanted}, num_updates=counter)
 
     def to_npz(self, path: str | Path) -> None:
         """Write this numpy state to an `.npz` file: one member an array, and `num_updates`.
@@ -211,26 +211,26 @@ def needs_counter(spec: BatchNormSpec) -> bool:
     return spec.decay == "cumulative" or spec.zero_debias != "none"
 
 
-def _behind(given: Mapping[str, Any], spec: BatchNormSpec, counter: int) -> dict[str, np.ndarray[Any, Any]]:
+def _behind(held: Mapping[str, np.ndarray[Any, Any]], spec: BatchNormSpec, counter: int) -> dict[str, Any]:
     """What a plain state's moving statistics say about the averages behind them.
 
     zero_debias divides the hidden averages by 1 - decay**t, so they are the moving ones times that. renorm's averages
     take the moving mean, and sqrt(moving_variance + epsilon) for the standard deviation.
     """
-    mean, variance = given.get("moving_mean"), given.get("moving_variance")
-    if mean is None or variance is None or (spec.zero_debias == "none" and spec.renorm is None):
+    if "moving_mean" not in held or "moving_variance" not in held:
         return {}
-    with np.errstate(invalid="ignore", over="ignore"):  # a bad variance is refused by its own name
+    mean, variance = held["moving_mean"].astype(np.float64), held["moving_variance"].astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):  # statistics may be NaN, and stay so
         seen = 0.0 if spec.decay == "cumulative" else 1.0 - float(spec.decay) ** counter
-        stddev = np.sqrt(np.asarray(variance, np.float64) + spec.epsilon)
+        stddev = np.sqrt(variance + spec.epsilon)
         behind = {
-            "hidden_mean": np.asarray(mean, np.float64) * seen,
-            "hidden_variance": np.asarray(variance, np.float64) * seen,
-            "renorm_mean": np.asarray(mean, np.float64),
+            "hidden_mean": mean * seen,
+            "hidden_variance": variance * seen,
+            "renorm_mean": mean,
             "renorm_stddev": stddev,
             "moving_stddev": stddev,
         }
-        return {name: values.astype(array_dtype(spec, name)) for name, values in behind.items()}
+        return {n: behind[n].astype(array_dtype(spec, n)) for n in array_names(spec) if n in behind}
 
 
 def _checked_array(name: str, value: Any, spec: BatchNormSpec) -> np.ndarray[Any, Any]:

@@ -29,6 +29,7 @@ def _state() -> oracle.State:
             "moving_variance": oracle.Tracked(mpf(variance)),
             "renorm_mean": oracle.Tracked(mpf(40)),  # far enough that the clips below hold
             "renorm_stddev": oracle.Tracked(mpf(20)),
+            "moving_stddev": oracle.Tracked(mpf(1)),
         }
         for mean, variance in (("0.3", "1.7"), ("-1.1", "0.4"))
     ]
