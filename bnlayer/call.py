@@ -128,7 +128,8 @@ def ghost_slices(spec: BatchNormSpec, rows: int) -> tuple[slice, ...]:
     number = -(-rows // spec.virtual_batch_size)
     if spec.virtual_batch_layout == "strided":
         return tuple(slice(g, None, number) for g in range(number))
-    size, larger = divmod(rows, number) if number else (0, 0)
+    # Not divmod: while torch.compile traces, rows may be a symbol, which has none.
+    size, larger = (rows // number, rows % number) if number else (0, 0)
     starts = [g * size + min(g, larger) for g in range(number + 1)]
     return tuple(slice(start, stop) for start, stop in pairwise(starts))
 

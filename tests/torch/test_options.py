@@ -448,3 +448,15 @@ def test_it_compiles_into_one_graph(options: dict[str, Any], weighted: bool) -> 
     torch.testing.assert_close(compiled(x, weights), reference(x, weights))
     for name, buffer in reference.named_buffers():
         torch.testing.assert_close(module.get_buffer(name), buffer)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_compiles_for_any_number_of_rows(layout: Any) -> None:
+    torch.compiler.reset()
+    module = BatchNorm1d(3, virtual_batch_size=4, virtual_batch_layout=layout)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for rows in (12, 13, 30, 16):  # from the second on, the number of rows is a symbol
+        x = normal(rows, 3, dtype=torch.float32)
+        wanted = copy.deepcopy(module)(x)
+        torch.testing.assert_close(compiled(x), wanted)
