@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -73,7 +74,8 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             first = node.args[0]
             if name in ("import_module", "__import__", "require") and isinstance(first, ast.Constant):
-                yield node.lineno, str(first.value)
+                if not re.match(r"\.\w", str(first.value)):  # one dot stays inside the package
+                    yield node.lineno, str(first.value)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.split(".")[0] in PACKAGES:
             yield node.lineno, node.value
 
