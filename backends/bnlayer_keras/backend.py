@@ -41,9 +41,10 @@ class KerasBackend:
     ) -> BatchNormalization:
         MISSING.refuse(self.name, spec)
         runtime.load_keras()
-        from .layer import BatchNormalization
+        from .layer import CLIPS, BatchNormalization
 
         start = BatchNormState.initial(spec) if state is None else state.checked(spec)
+        clips = {} if spec.renorm is None else {key: getattr(spec.renorm, name) for key, name in CLIPS.items()}
         layer = BatchNormalization(
             axis=spec.axis,
             momentum=0.99 if spec.decay == "cumulative" else spec.decay,
@@ -51,6 +52,12 @@ class KerasBackend:
             epsilon=spec.epsilon,
             center=spec.center,
             scale=spec.scale,
+            renorm=spec.renorm is not None,
+            renorm_clipping={key: clip for key, clip in clips.items() if clip is not None} or None,
+            renorm_momentum=0.99 if spec.renorm is None else spec.renorm.decay,
+            virtual_batch_size=spec.virtual_batch_size,
+            virtual_batch_layout=spec.virtual_batch_layout,
+            zero_debias=spec.zero_debias,
             moving_variance_estimator=spec.moving_variance_estimator,
             single_value=spec.single_value,
             nonfinite=spec.nonfinite,
@@ -80,7 +87,9 @@ class KerasBackend:
         spec = layer.spec
         MISSING.refuse(self.name, spec, request)
         layer.frozen_statistics = request.frozen_statistics
-        given = {a.dtype.name for c in request.calls for a in (c.x, c.dy, c.weights) if a is not None}
+        given = {
+            a.dtype.name for c in request.calls for a in (c.x, c.dy, c.weights, *(c.adjustment or ())) if a is not None
+        }
         with runtime.current().precision(given | _dtypes(spec)):
             calls, dgamma, dbeta = runtime.current().step(layer, request)
             _, state = self.extract(layer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bnlayer.call import plan_call, trains
-from bnlayer.errors import InputError, UnsupportedError
-from bnlayer.spec import BatchNormSpec, Estimator, NonFinite, SingleValue
+from bnlayer.errors import InputError, SpecError, UnsupportedError
+from bnlayer.spec import BatchNormSpec, Estimator, GhostLayout, NonFinite, Renorm, SingleValue, ZeroDebias
 from bnlayer.state import BatchNormState, array_names, needs_counter
 
 from . import runtime
@@ -18,8 +19,14 @@ if TYPE_CHECKING:
 else:
     keras = runtime.load_keras()  # and not a bare import, which takes TensorFlow even where it is not installed
 
-# The keywords that keras.layers.BatchNormalization does not have, with what they are where nobody gives them.
+# The keywords that not every keras.layers.BatchNormalization has, with what they are where nobody gives them.
 _EXTRAS: dict[str, Any] = {
+    "renorm": False,  # which Keras itself has since 3.15
+    "renorm_clipping": None,
+    "renorm_momentum": 0.99,
+    "virtual_batch_size": None,
+    "virtual_batch_layout": "strided",
+    "zero_debias": "none",
     "cumulative": False,
     "moving_variance_estimator": "biased",
     "single_value": "allow",
@@ -29,6 +36,10 @@ _EXTRAS: dict[str, Any] = {
     "param_dtype": None,
     "stats_dtype": None,
 }
+# Weights are saved and exchanged by their position: first Keras's own, in its order.
+_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev",
+            "hidden_mean", "hidden_variance")  # fmt: skip
+CLIPS = {"rmax": "r_max", "rmin": "r_min", "dmax": "d_max"}  # Keras's names and the spec's
 
 
 @dataclass(eq=False)
@@ -51,8 +62,16 @@ class BatchNormalization(keras.layers.Layer):
         center, scale: whether beta, gamma exist.
         beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: as in Keras.
         beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in Keras.
-        renorm, renorm_clipping, renorm_momentum, synchronized: taken for the sake of existing configs; refused when
-            switched on.
+        renorm: batch renormalization, with the three weights that it has in Keras.
+        renorm_clipping: "rmax", "rmin" and "dmax" to numbers; None, or a missing key, is no clip.
+        renorm_momentum: weight on the OLD renorm averages.
+        synchronized: taken for the sake of existing configs; refused when switched on.
+        virtual_batch_size: rows of a ghost batch, each normalized by its own statistics in training; None for none.
+        virtual_batch_layout, zero_debias: see `bnlayer.BatchNormSpec`. zero_debias adds its hidden averages and the
+            counter to the weights.
+        adjustment: a function of the inputs' shape that returns the pair (scale, bias) for the normalized values, each
+            broadcastable to the inputs; called in training only. A function is no config: `get_config`, and so saving
+            the model, is refused while there is one. Save its weights, or give `adjustment` in the call.
         cumulative: the plain average of all updates in place of `momentum`.
         moving_variance_estimator, single_value, nonfinite, track_moving_stats: see `bnlayer.BatchNormSpec`.
         frozen_statistics: the moving statistics normalize and stay as they are, in training too.
@@ -68,6 +87,9 @@ class BatchNormalization(keras.layers.Layer):
             mask they count where it is True. Keras passes a mask on by itself only where no weights are given, and
             casts weights to the compute dtype as every other float argument.
         update_stats: False: batch statistics normalize, but do not enter the moving ones.
+        adjustment: a pair (scale, bias), in place of what the layer's function would return; Keras takes a pair of
+            arrays or a pair of numbers, and casts arrays to the compute dtype.
+        renorm_clips: "r_max", "r_min" or "d_max" to what holds in place of `renorm_clipping` in this call.
 
     Raises:
         SpecError: an argument is out of range, or two contradict each other.
@@ -95,6 +117,10 @@ class BatchNormalization(keras.layers.Layer):
         renorm_momentum: float = 0.99,
         synchronized: bool = False,
         *,
+        virtual_batch_size: int | None = None,
+        virtual_batch_layout: GhostLayout = "strided",
+        zero_debias: ZeroDebias = "none",
+        adjustment: Callable[[tuple[Any, ...]], tuple[Any, Any]] | None = None,
         cumulative: bool = False,
         moving_variance_estimator: Estimator = "biased",
         single_value: SingleValue = "allow",
@@ -106,8 +132,6 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if renorm:
-            raise UnsupportedError(f"backend 'keras' does not support renorm: {MISSING.fields['renorm']}.")
         self.axis = axis
         self.momentum = momentum
         self.epsilon = epsilon
@@ -121,7 +145,14 @@ class BatchNormalization(keras.layers.Layer):
         self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
         self.beta_constraint = keras.constraints.get(beta_constraint)
         self.gamma_constraint = keras.constraints.get(gamma_constraint)
+        self.renorm = renorm
+        self.renorm_clipping = renorm_clipping
+        self.renorm_momentum = renorm_momentum
         self.synchronized = synchronized
+        self.virtual_batch_size = virtual_batch_size
+        self.virtual_batch_layout: GhostLayout = virtual_batch_layout
+        self.zero_debias: ZeroDebias = zero_debias
+        self.adjustment = adjustment
         self.cumulative = cumulative
         self.moving_variance_estimator: Estimator = moving_variance_estimator
         self.single_value: SingleValue = single_value
@@ -131,12 +162,12 @@ class BatchNormalization(keras.layers.Layer):
         self.param_dtype = param_dtype
         self.stats_dtype = stats_dtype
         self.supports_masking = True
-        self.gamma: Any = None
-        self.beta: Any = None
-        self.moving_mean: Any = None
-        self.moving_variance: Any = None
+        for name in _WEIGHTS:
+            setattr(self, name, None)
         self._counter = _OutOfSight()
         MISSING.refuse("keras", self._spec(1))  # the arguments are checked before there is an input
+        if adjustment is not None and virtual_batch_size is not None:
+            raise SpecError("adjustment and virtual_batch_size contradict each other; use one of the two.")
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the variables for inputs of this shape."""
@@ -146,7 +177,7 @@ class BatchNormalization(keras.layers.Layer):
             raise InputError(f"axis {self.axis} must be a known length of the inputs; got shape {tuple(input_shape)}.")
         self._num_features = int(channels)
         spec = self._spec(self._num_features)
-        for name in array_names(spec):
+        for name in (name for name in _WEIGHTS if name in array_names(spec)):
             learns = name in ("gamma", "beta")
             of_parameter = {
                 "regularizer": getattr(self, f"{name}_regularizer"),
@@ -155,7 +186,7 @@ class BatchNormalization(keras.layers.Layer):
             variable = self.add_weight(
                 name=name,
                 shape=(spec.num_features,),
-                initializer=getattr(self, f"{name}_initializer"),
+                initializer=self._initializer(name),
                 dtype=spec.param_dtype if learns else spec.stats_dtype,
                 trainable=learns,
                 autocast=False,
@@ -168,6 +199,16 @@ class BatchNormalization(keras.layers.Layer):
                 )
             setattr(self, name, variable)
         self._build_counter(spec)
+
+    def _initializer(self, name: str) -> Any:
+        if name.startswith("hidden"):
+            return "zeros"
+        if name == "renorm_mean":
+            return self.moving_mean_initializer
+        if name.endswith("stddev"):  # without epsilon, as Keras does
+            variance = self.moving_variance_initializer
+            return lambda shape, dtype=None: keras.ops.sqrt(variance(shape, dtype=dtype))
+        return getattr(self, f"{name}_initializer")
 
     def _build_counter(self, spec: BatchNormSpec) -> None:
         # Where the averages depend on the counter, it has to be saved: a weight. Elsewhere it only counts, and a fifth
@@ -218,20 +259,28 @@ class BatchNormalization(keras.layers.Layer):
         mask: Any = None,
         weights: Any = None,
         update_stats: bool = True,
+        adjustment: tuple[Any, Any] | None = None,
+        renorm_clips: Mapping[str, Any] | None = None,
     ) -> Any:
         """Normalize the inputs; see the class."""
         spec, before = self.spec, self.state
+        learns = trains(spec, bool(training) and self.trainable, self.frozen_statistics)
+        if adjustment is None and self.adjustment is not None and learns:
+            adjustment = self.adjustment(keras.ops.shape(inputs))
         y, after = runtime.current().batch_norm(
             inputs,
             before,
             spec,
-            training=trains(spec, bool(training) and self.trainable, self.frozen_statistics),
+            training=learns,
             weights=_weights(mask, weights),
             update_stats=update_stats,
+            adjustment=None if adjustment is None else _tensors(adjustment, inputs.dtype),
+            renorm_clips=renorm_clips,
         )
         if after is not before:
-            self.moving_mean.assign(after.moving_mean)
-            self.moving_variance.assign(after.moving_variance)
+            for name, array in after.arrays().items():
+                if name not in ("gamma", "beta"):
+                    getattr(self, name).assign(array)
             self.num_updates.assign(after.num_updates)
         return y
 
@@ -246,14 +295,31 @@ class BatchNormalization(keras.layers.Layer):
         mask: Any = None,
         weights: Any = None,
         update_stats: bool = True,
+        adjustment: tuple[Any, Any] | None = None,
+        renorm_clips: Mapping[str, Any] | None = None,
     ) -> Any:
         """The inputs' shape and dtype, checked against the layer while a model is put together."""
-        counting = _weights_shape(mask, weights)
-        plan_call(self.spec, inputs.shape, inputs.dtype, training=False, weights_shape=counting)
+        plan_call(
+            self.spec,
+            inputs.shape,
+            inputs.dtype,
+            training=False,
+            weights_shape=_weights_shape(mask, weights),
+            adjustment_shapes=None if adjustment is None else (_shape(adjustment[0]), _shape(adjustment[1])),
+        )
         return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments of this layer; those that Keras's layer lacks only where they are not at their default."""
+        """The arguments of this layer; those that a Keras layer may lack only where they are not at their default.
+
+        Raises:
+            UnsupportedError: the layer has an `adjustment`, a function, which no config can hold.
+        """
+        if self.adjustment is not None:
+            raise UnsupportedError(
+                f"a config cannot hold the adjustment of layer {self.name!r}, a function. Give it in the call, as"
+                " layer(x, adjustment=...), or save the weights alone and build the layer again in code."
+            )
         config = {
             "axis": self.axis,
             "momentum": self.momentum,
@@ -268,6 +334,8 @@ class BatchNormalization(keras.layers.Layer):
             config[f"{name}_regularizer"] = keras.regularizers.serialize(getattr(self, f"{name}_regularizer"))
             config[f"{name}_constraint"] = keras.constraints.serialize(getattr(self, f"{name}_constraint"))
         extras = {name: getattr(self, name) for name, default in _EXTRAS.items() if getattr(self, name) != default}
+        if self.renorm_clipping is not None:
+            extras["renorm_clipping"] = dict(self.renorm_clipping)  # Keras has wrapped it to watch it for variables
         return {**super().get_config(), **config, **extras}
 
     def _spec(self, num_features: int) -> BatchNormSpec:
@@ -283,9 +351,37 @@ class BatchNormalization(keras.layers.Layer):
             single_value=self.single_value,
             nonfinite=self.nonfinite,
             synchronized=self.synchronized,
+            zero_debias=self.zero_debias,
+            renorm=self._renorm() if self.renorm else None,
+            virtual_batch_size=self.virtual_batch_size,
+            virtual_batch_layout=self.virtual_batch_layout,
             param_dtype=self.param_dtype or self.variable_dtype,
             stats_dtype=self.stats_dtype or self.variable_dtype,
         )
+
+    def _renorm(self) -> Renorm:
+        clipping = self.renorm_clipping or {}
+        unknown = sorted(set(clipping) - set(CLIPS))
+        if unknown:
+            raise SpecError(f"renorm_clipping has no {', '.join(unknown)}; its keys are {', '.join(CLIPS)}.")
+        clips = {CLIPS[key]: None if value == float("inf") else value for key, value in clipping.items()}
+        return Renorm(**clips, decay=self.renorm_momentum)
+
+
+def _tensors(adjustment: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
+    """Arrays and Python's numbers as tensors; the numbers in a dtype in which they lose nothing."""
+    wide = keras.backend.result_type(keras.backend.standardize_dtype(dtype), "float32")
+    scale, bias = (
+        each
+        if keras.ops.is_tensor(each)
+        else keras.ops.convert_to_tensor(each, dtype=None if hasattr(each, "dtype") else wide)
+        for each in adjustment
+    )
+    return scale, bias
+
+
+def _shape(value: Any) -> tuple[int | None, ...]:
+    return tuple(getattr(value, "shape", ()))
 
 
 def _weights(mask: Any, weights: Any) -> Any:

@@ -58,6 +58,8 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
                         training=request.training,
                         weights=sources["w"].get(i, masks.get(i)),
                         update_stats=request.update_stats,
+                        adjustment=request.calls[i].adjustment,
+                        renorm_clips=request.renorm_clips,
                     )
                     for i, x in enumerate(sources["x"])
                 ]

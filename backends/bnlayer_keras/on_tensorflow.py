@@ -45,8 +45,15 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
             # Watched by hand, for a layer that is not trainable has parameters that the tape does not see.
             tape.watch([[x for x in xs if x.dtype.is_floating], list(real.values()), list(parameters.values())])
             ys = [
-                layer(x, training=request.training, weights=w, update_stats=request.update_stats)
-                for x, w in zip(xs, ws, strict=True)
+                layer(
+                    x,
+                    training=request.training,
+                    weights=w,
+                    update_stats=request.update_stats,
+                    adjustment=call.adjustment,
+                    renorm_clips=request.renorm_clips,
+                )
+                for call, x, w in zip(request.calls, xs, ws, strict=True)
             ]
         dys = {i: tf.constant(call.dy) for i, call in enumerate(request.calls) if call.dy is not None}
         sources = {"x": {i: xs[i] for i in dys}, "w": {i: w for i, w in real.items() if i in dys}, "p": parameters}

@@ -66,8 +66,15 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
         leaf.requires_grad_(leaf.is_floating_point())  # another x is refused by the layer, in its own words
     parameters = {n: getattr(layer, n).value for n in ("gamma", "beta") if getattr(layer, n) is not None}
     ys = [
-        layer(x, training=request.training, weights=w, update_stats=request.update_stats)
-        for x, w in zip(xs, ws, strict=True)
+        layer(
+            x,
+            training=request.training,
+            weights=w,
+            update_stats=request.update_stats,
+            adjustment=None if call.adjustment is None else tuple(map(tensor, call.adjustment)),
+            renorm_clips=request.renorm_clips,
+        )
+        for call, x, w in zip(request.calls, xs, ws, strict=True)
     ]
     dys = {i: tensor(call.dy) for i, call in enumerate(request.calls) if call.dy is not None}
     sources: dict[tuple[str, Any], torch.Tensor] = {("x", i): xs[i] for i in dys}

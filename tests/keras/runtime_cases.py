@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import keras
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import bnlayer
-from bnlayer import BatchNormSpec, BatchNormState, InputError, StateError, UnsupportedError
+from bnlayer import BatchNormSpec, BatchNormState, InputError, Renorm, SpecError, StateError, UnsupportedError
 from bnlayer.contract import Call, Request
 from bnlayer.state import array_dtype, array_names, numpy_dtype
 from bnlayer_keras import BatchNormalization
@@ -22,6 +23,28 @@ X = (RNG.normal(size=(12, 5, 3)) * 2 + 1).astype("f4")
 MASK = RNG.random((12, 5)) < 0.7
 
 
+THEIRS = keras.layers.BatchNormalization
+HAVE_RENORM = pytest.mark.skipif(
+    "renorm" not in inspect.signature(THEIRS).parameters, reason="this version of Keras has no renorm"
+)
+
+
+def random_options(rng):
+    """Fields of a spec that work together: at most one kind of average, and ghost batches with any of them."""
+    average = str(rng.choice(["plain", "cumulative", "mean", "all", "renorm", "untracked"]))
+    fields = {"decay": "cumulative" if average == "cumulative" else 0.7, "track_moving_stats": average != "untracked"}
+    if average == "renorm":
+        fields["renorm"] = Renorm(r_max=1.5, d_max=0.4, decay=0.8)
+    else:
+        fields["moving_variance_estimator"] = str(rng.choice(["biased", "unbiased"]))
+    if average in ("mean", "all"):
+        fields["zero_debias"] = average
+    if rng.random() < 0.4:
+        fields["virtual_batch_size"] = int(rng.integers(1, 5))
+        fields["virtual_batch_layout"] = str(rng.choice(["strided", "consecutive"]))
+    return fields
+
+
 def random_case(seed):
     rng = np.random.default_rng([41, seed])
     rank = int(rng.integers(2, 6))
@@ -30,36 +53,38 @@ def random_case(seed):
     shape[0] += 2
     dtype = str(rng.choice(["float64", "float32", "float16", "bfloat16"]))
     stored = "float64" if dtype == "float64" else "float32"
-    tracks = bool(rng.random() < 0.85)
     spec = BatchNormSpec(
         shape[axis],
         axis=axis - (rank if rng.random() < 0.5 else 0),
         epsilon=float(rng.choice([1e-5, 1e-3])),
-        decay="cumulative" if tracks and rng.random() < 0.3 else 0.7,
         center=bool(rng.random() < 0.8),
         scale=bool(rng.random() < 0.8),
-        moving_variance_estimator=str(rng.choice(["biased", "unbiased"])),
-        track_moving_stats=tracks,
         single_value="allow",
         param_dtype=stored,
         stats_dtype=stored,
+        **random_options(rng),
     )
     arrays = {}
     for name in array_names(spec):
         values = rng.normal(size=spec.num_features)
-        arrays[name] = (values**2 if name == "moving_variance" else values).astype(array_dtype(spec, name))
+        positive = name.endswith(("variance", "stddev"))
+        arrays[name] = (values**2 + 0.1 if positive else values).astype(array_dtype(spec, name))
     calls = []
     for _ in range(int(rng.integers(1, 3))):
         x, dy = (rng.normal(size=(2, *shape)) * 2).astype(numpy_dtype(dtype))
         positions = [1 if i == axis else n for i, n in enumerate(shape)]
         weights = rng.uniform(0, 3, positions) * (rng.random(positions) < 0.7)
         kind = str(rng.choice(["none", "bool", "float32"]))
-        calls.append(Call(x, dy=dy, weights=None if kind == "none" else weights.astype(kind)))
+        adjustment = None
+        if spec.virtual_batch_size is None and rng.random() < 0.3:
+            adjustment = tuple(rng.normal(size=(2, shape[0], *[1] * (rank - 1))).astype("f4"))
+        calls.append(Call(x, dy=dy, weights=None if kind == "none" else weights.astype(kind), adjustment=adjustment))
     request = Request(
         tuple(calls),
         training=bool(rng.random() < 0.8),
         update_stats=bool(rng.random() < 0.8),
-        frozen_statistics=tracks and bool(rng.random() < 0.15),
+        frozen_statistics=spec.track_moving_stats and bool(rng.random() < 0.15),
+        renorm_clips={"r_max": 2.0, "d_max": None} if spec.renorm is not None and rng.random() < 0.5 else None,
     )
     return spec, BatchNormState(**arrays, num_updates=int(rng.integers(0, 5))), request
 
@@ -73,7 +98,7 @@ def close(name, ours, theirs, tolerance):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(24))
 def test_agrees_with_numpy_on_a_random_case(seed):
     spec, state, request = random_case(seed)
     layer, ours = BACKEND.step(BACKEND.build(spec, state), request)
@@ -102,18 +127,24 @@ def test_an_empty_batch_changes_nothing():
     assert outcome.state.num_updates == 0
 
 
-def test_the_same_numbers_as_keras():
-    ours, theirs = BatchNormalization(), keras.layers.BatchNormalization()
-    for _ in range(3):
-        y, want = ours(X, training=True), theirs(X, training=True)
+RENORM = {"renorm": True, "renorm_clipping": {"rmax": 1.5, "dmax": 0.3}, "renorm_momentum": 0.8}
+KERAS_OPTIONS = [{}, pytest.param(RENORM, marks=HAVE_RENORM)]
+
+
+@pytest.mark.parametrize("options", KERAS_OPTIONS, ids=["plain", "renorm"])
+def test_the_same_numbers_as_keras(options):
+    ours, theirs = BatchNormalization(**options), THEIRS(**options)
+    for i in range(3):
+        y, want = ours(X + i, training=True), theirs(X + i, training=True)
     np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (y, want)), rtol=1e-4, atol=1e-5)
     for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
     assert int(keras.ops.convert_to_numpy(ours.num_updates)) == 3
 
 
-def test_weights_go_both_ways():
-    ours, theirs = BatchNormalization(), keras.layers.BatchNormalization()
+@pytest.mark.parametrize("options", KERAS_OPTIONS, ids=["plain", "renorm"])
+def test_weights_go_both_ways(options, tmp_path):
+    ours, theirs = BatchNormalization(**options), THEIRS(**options)
     ours(X, training=True)
     theirs.build(X.shape)
     theirs.set_weights(ours.get_weights())
@@ -124,6 +155,10 @@ def test_weights_go_both_ways():
     np.testing.assert_array_equal(ours.get_weights()[2], theirs.get_weights()[2] + 1)
     names = [w.path.rpartition("/")[2] for w in ours.weights]
     assert names == [w.path.rpartition("/")[2] for w in theirs.weights]
+    keras.Sequential([keras.Input((5, 3)), theirs]).save_weights(tmp_path / "theirs.weights.h5")
+    keras.Sequential([keras.Input((5, 3)), ours]).load_weights(tmp_path / "theirs.weights.h5")
+    for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_configs_go_both_ways():
@@ -138,8 +173,20 @@ def test_configs_go_both_ways():
     assert again.get_config() == config
 
 
+@HAVE_RENORM
+@pytest.mark.parametrize("clipping", [None, {"rmax": 3.0, "rmin": 0.5}])
+def test_renorm_configs_go_both_ways(clipping):
+    theirs = THEIRS(renorm=True, renorm_clipping=clipping, renorm_momentum=0.8)
+    ours = BatchNormalization.from_config(theirs.get_config())
+    ours.build((None, 3))
+    assert ours.spec.renorm == Renorm(r_max=3.0 if clipping else None, r_min=0.5 if clipping else None, decay=0.8)
+    assert THEIRS.from_config(ours.get_config()).get_config() == theirs.get_config()
+
+
 def test_a_config_keeps_what_keras_lacks():
     extras = {
+        "virtual_batch_size": 4,
+        "virtual_batch_layout": "consecutive",
         "cumulative": True,
         "moving_variance_estimator": "unbiased",
         "single_value": "raise",
@@ -163,23 +210,33 @@ def model(**options):
     return made
 
 
-@pytest.mark.parametrize("cumulative", [False, True])
-def test_fit_moves_statistics_and_counts(cumulative, tmp_path):
-    trained = model(cumulative=cumulative)
+@pytest.mark.parametrize(
+    ("options", "weights", "counts"),
+    [
+        ({}, 4, False),
+        ({"cumulative": True}, 5, True),
+        ({"zero_debias": "all"}, 7, True),
+        (RENORM, 7, False),
+        ({"virtual_batch_size": 3, "virtual_batch_layout": "consecutive"}, 4, False),
+    ],
+    ids=["plain", "cumulative", "zero_debias", "renorm", "ghosts"],
+)
+def test_fit_moves_statistics_and_counts(options, weights, counts, tmp_path):
+    trained = model(**options)
     bn = trained.get_layer("bn")
     before = [w.copy() for w in bn.get_weights()]
-    trained.fit(X, X[..., :1], batch_size=4, epochs=2, verbose=0)
+    trained.fit(X, X[..., :1], batch_size=5, epochs=2, verbose=0)  # of 5, 5 and 2 rows
     assert int(keras.ops.convert_to_numpy(bn.num_updates)) == 6
     for old, new in zip(before, bn.get_weights(), strict=True):
         assert not np.array_equal(old, new)
     trained.evaluate(X, X[..., :1], verbose=0)
     want = trained.predict(X, verbose=0)
     assert int(keras.ops.convert_to_numpy(bn.num_updates)) == 6
-    assert len(bn.weights) == (5 if cumulative else 4)
+    assert len(bn.weights) == weights
     trained.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(loaded.predict(X, verbose=0), want, rtol=1e-5, atol=1e-6)
-    if cumulative:
+    if counts:
         assert int(keras.ops.convert_to_numpy(loaded.get_layer("bn").num_updates)) == 6
 
 
@@ -257,18 +314,59 @@ def test_without_autocast_y_has_the_dtype_of_x():
     assert layer(keras.Input((3,), dtype="float16")).dtype == "float16"
 
 
+def test_an_adjustment_of_the_layer():
+    shapes = []
+
+    def adjustment(shape):
+        shapes.append(tuple(int(length) for length in shape))
+        return 2.0, np.arange(3, dtype="f4")
+
+    layer, plain = BatchNormalization(adjustment=adjustment), BatchNormalization()
+    numbers = keras.ops.convert_to_numpy
+    for frozen in (False, True):
+        layer.frozen_statistics = plain.frozen_statistics = frozen
+        for training in (False, True):
+            y, want = (numbers(each(X, training=training)) for each in (layer, plain))
+            adjusts = training and not frozen
+            np.testing.assert_allclose(y, 2 * want + np.arange(3) if adjusts else want, rtol=1e-5, atol=1e-5)
+    assert shapes == [X.shape]
+    layer.frozen_statistics = False
+    y = numbers(layer(X, training=True, adjustment=(np.ones((12, 1, 1), "f4"), np.zeros(3, "f4"))))
+    np.testing.assert_allclose(y.mean((0, 1)), 0, atol=1e-5)
+    assert len(shapes) == 1
+    for a, b in zip(layer.get_weights(), plain.get_weights(), strict=True):
+        assert a.shape == b.shape
+    with pytest.raises(UnsupportedError, match="adjustment"):
+        layer.get_config()
+
+
+def test_fit_with_an_adjustment():
+    """In a graph of TensorFlow the batch's length is a tensor."""
+    trained = model(adjustment=lambda shape: (1.1 * keras.ops.ones((shape[0], 1, 1)), 0.1))
+    before = trained.get_layer("bn").get_weights()
+    trained.fit(X, X[..., :1], batch_size=5, verbose=0)
+    for old, new in zip(before, trained.get_layer("bn").get_weights(), strict=True):
+        assert not np.array_equal(old, new)
+
+
 def test_symbolic_inputs_are_checked():
     layer = BatchNormalization(axis=1)
     layer(keras.Input((3, 4)))
     with pytest.raises(InputError, match="3 channels"):
         layer(keras.Input((4, 4)))
+    with pytest.raises(InputError, match="broadcast"):
+        BatchNormalization()(keras.Input((5, 3)), adjustment=(np.ones((2, 3), "f4"), np.zeros(3, "f4")))
     with pytest.raises(InputError, match="axis 2"):
         BatchNormalization(axis=2)(keras.Input((3,)))
 
 
 def test_refuses_by_name():
-    with pytest.raises(UnsupportedError, match="renorm"):
-        BatchNormalization(renorm=True)
+    with pytest.raises(SpecError, match="renorm_clipping has no r_max"):
+        BatchNormalization(renorm=True, renorm_clipping={"r_max": 3.0})
+    with pytest.raises(SpecError, match="adjustment and virtual_batch_size"):
+        BatchNormalization(adjustment=lambda shape: (1.0, 0.0), virtual_batch_size=4)
+    with pytest.raises(InputError, match="renorm_clips need a layer with renorm"):
+        BatchNormalization()(X, training=True, renorm_clips={"r_max": 3.0})
     with pytest.raises(UnsupportedError, match="synchronized"):
         BatchNormalization(synchronized=True)
     with pytest.raises(bnlayer.SpecError, match="epsilon"):
