@@ -26,6 +26,7 @@ NEEDS = {
     "jax": ("jax",),
     "keras": ("keras", "jax"),
 }
+GROUPS = ("frameworks", "peers", "examples", "test", "lint")  # of what the session `tests` installs
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 CHECKS: list[tuple[dict[str, str], list[str]]] = [
     ({}, command.split()) for command in ("ruff check", "ruff format --check", "mypy", "pyright")
@@ -77,9 +78,18 @@ def conformance(session: nox.Session, backend: str) -> None:
     )  # fmt: skip
 
 
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Every example in a fresh environment, from the wheel: what docs/examples.md shows."""
+    install(session, ".", *nox.project.dependency_groups(PYPROJECT, "frameworks", "examples"))
+    scripts = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "digits.py"]
+    session.chdir(session.create_tmp())
+    run_all(session, [(ENVIRONMENT, ["python", str(path)]) for path in scripts])
+
+
 def install_everything(session: nox.Session) -> None:
     """The project as it lies here, every framework, and every tool."""
-    install(session, "-e", ".", *nox.project.dependency_groups(PYPROJECT, "frameworks", "peers", "test", "lint"))
+    install(session, "-e", ".", *nox.project.dependency_groups(PYPROJECT, *GROUPS))
 
 
 def install(session: nox.Session, *arguments: str) -> None:
