@@ -17,7 +17,6 @@ import tensorflow as tf
 from bnlayer.errors import BatchNormError, InputError
 
 from .v1.record import Record, records
-from .v1.variables import parts
 
 Action = Literal["raise", "warn"]
 
@@ -47,7 +46,8 @@ def check_update_ops(fetches: Any, *, scope: str | None = None, action: Action =
     """
     graph, wanted = _operations(fetches)
     run = _ancestors(wanted)
-    trained = {op: names for op in run if (names := _trained_by(op, graph))}
+    trainable = {v.op for v in graph.get_collection(tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES)}
+    trained = {op: name for op in run if (name := _trained_by(op, trainable, graph))}
     if not trained:
         return
     through = _ancestors(trained)
@@ -62,7 +62,7 @@ def check_update_ops(fetches: Any, *, scope: str | None = None, action: Action =
         _tell(action, _without_updates(trained, expected, missing, run, _has_empty(fetches)))
 
 
-def check_saver(saver: Any, *, action: Action = "raise") -> None:
+def check_saver(saver: Any, *, graph: Any = None, action: Action = "raise") -> None:
     """Tell when a Saver leaves out the moving statistics of the graph's batch norms.
 
     The usual cause is `Saver(tf.compat.v1.trainable_variables())`: moving statistics are not trainable, so they are
@@ -70,13 +70,22 @@ def check_saver(saver: Any, *, action: Action = "raise") -> None:
 
     Args:
         saver: a built `tf.compat.v1.train.Saver`.
+        graph: that it was built in; the default graph if None.
         action: "raise" or "warn".
 
     Raises:
         BatchNormUsageError: a moving statistic is missing, and `action` is "raise".
+        InputError: the Saver is not built, or not in this graph.
     """
-    graph = tf.compat.v1.get_default_graph()
-    saved = _ancestors([graph.as_graph_element(saver.as_saver_def().save_tensor_name).op])
+    graph = tf.compat.v1.get_default_graph() if graph is None else graph
+    definition = saver.as_saver_def()
+    if definition is None:
+        raise InputError("the Saver must be built; call its build() first.")
+    try:
+        saves = graph.as_graph_element(definition.save_tensor_name).op
+    except KeyError as error:
+        raise InputError("the Saver was built in another graph; give that one as graph=.") from error
+    saved = _ancestors([saves])
     left_out = [variable.op.name for variable in _statistics(graph) if variable.op not in saved]
     if left_out:
         _tell(
@@ -109,7 +118,7 @@ def check_eval(
         ops = _forward(record) if record.in_place else set(_ops(record.updates))
         if not run.isdisjoint(ops) and _would_train(record, feed_dict or {}, session):
             moved.append(record.name)
-    known = {part.op for record in records(graph) for part in _statistics_of(record)}
+    known = {variable.op for record in records(graph) for variable in _statistics_of(record)}
     others = {variable.op for variable in _statistics(graph)} - known
     moved += [f"{op.name} (of {op.inputs[0].op.name})" for op in run if _writes(op) and op.inputs[0].op in others]
     if moved:
@@ -178,7 +187,11 @@ def _without_updates(
 
 def _operations(fetches: Any) -> tuple[Any, list[Any]]:
     """The graph of these fetches and the operations that they name."""
-    flat = tf.nest.flatten(fetches)
+    flat = [
+        part
+        for item in tf.nest.flatten(fetches)
+        for part in ([item] if isinstance(item, tf.Variable) else tf.nest.flatten(item, expand_composites=True))
+    ]
     graphs = {item.graph for item in flat if hasattr(item, "graph")}
     if len(graphs) > 1:
         raise InputError("fetches must come from one graph; got several.")
@@ -230,12 +243,11 @@ def _writes(op: Any) -> bool:
     return bool(op.inputs) and _ASSIGNS.match(op.type) is not None
 
 
-def _trained_by(op: Any, graph: Any) -> str:
+def _trained_by(op: Any, trainable: set[Any], graph: Any) -> str:
     """The trainable variable that this operation takes a training step on; "" if none.
 
     An initializer and a restored value are written too, but do not depend on what the variable was.
     """
-    trainable = {part.op for v in graph.get_collection(tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES) for part in parts(v)}
     if op.type in _CALLS:
         held = [tensor.op for tensor in op.inputs if tensor.op in trainable]
         return str(held[0].name) if held and _function_trains(op, graph) else ""

@@ -106,7 +106,9 @@ def read_weights(weights: Any, x: tf.Tensor) -> tf.Tensor | None:
         raise InputError(f"batch_weights must have shape {x.shape[:1]}; got {given.shape}.")
     if given.dtype.is_bool:
         return given
-    good = tf.reduce_all((given >= 0) & (given < given.dtype.max if given.dtype.is_integer else tf.math.is_finite(given)))
+    good = tf.reduce_all(
+        (given >= 0) & (given < given.dtype.max if given.dtype.is_integer else tf.math.is_finite(given))
+    )
     # In a graph an assertion runs only where something depends on it.
     with tf.control_dependencies(
         [tf.debugging.Assert(good, ["batch_weights must be finite and not negative; got", given])]

@@ -125,7 +125,7 @@ def batch_norm(
         old = read_decay("decay", decay), read_decay("renorm_decay", renorm_decay)
         if zero_debias_moving_mean and old[0] == 1.0 and isinstance(old[0], float):
             raise InputError("zero_debias_moving_mean divides by 1 - decay**t, which is 0 at decay=1; choose another.")
-        spec = spec_of(x, axis, path, epsilon=epsilon, center=center, scale=scale, renorm=renorm)
+        spec = spec_of(x, channels, axis, path, epsilon=epsilon, center=center, scale=scale, renorm=renorm)
         weights = read_weights(batch_weights, x)
         maker = Maker(
             shape=(channels,),
@@ -167,6 +167,7 @@ def batch_norm(
         if activation_fn is not None:
             y = activation_fn(y)
         if outputs_collections:
-            y.aliases = [*getattr(y, "aliases", []), current.name]
+            named: Any = y  # tf-slim's way to call a tensor by the name of its layer
+            named.aliases = [*getattr(y, "aliases", []), current.name]
             tf.compat.v1.add_to_collections(outputs_collections, y)
         return y

@@ -98,6 +98,7 @@ def batch_normalization(
         old = read_decay("momentum", momentum), read_decay("renorm_momentum", renorm_momentum)
         spec = spec_of(
             x,
+            channels,
             axis,
             path,
             epsilon=epsilon,
@@ -150,7 +151,7 @@ def batch_normalization(
 
 
 def _one_axis(axis: int | Sequence[int]) -> int:
-    axes = list(axis) if isinstance(axis, (list, tuple)) else [axis]
+    axes: list[Any] = list(axis) if isinstance(axis, (list, tuple)) else [axis]
     if len(axes) != 1:
         raise InputError(f"axis must be one axis; got {axes!r}. Several channel axes in one layer are not supported.")
     if isinstance(axes[0], bool) or not hasattr(axes[0], "__index__"):

@@ -45,6 +45,7 @@ class Call:
 
 def spec_of(
     x: tf.Tensor,
+    channels: int,
     axis: int,
     path: Path,
     *,
@@ -61,7 +62,7 @@ def spec_of(
         InputError: the inputs' dtype is none of the four.
     """
     spec = BatchNormSpec(
-        x.shape.as_list()[axis],
+        channels,
         axis=axis,
         epsilon=epsilon,
         decay=0.0,
@@ -142,6 +143,7 @@ def _trained(call: Call) -> tuple[tf.Tensor, Batch]:
         adjustment=call.adjustment,
         renorm_clips=call.clips,
     )
+    assert after.moving_mean is not None and after.moving_variance is not None  # the spec tracks them
     return y, Batch(after.moving_mean, after.moving_variance, after.moving_stddev, _present(call))
 
 

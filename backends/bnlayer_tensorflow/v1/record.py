@@ -10,7 +10,7 @@ import tensorflow as tf
 from .variables import Variables
 
 # A key that is no string is left out of exported graphs, which could not hold such an object.
-_KEY = ("bnlayer batch norms",)
+_KEY: Any = ("bnlayer batch norms",)
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,6 @@ class Maker:
         with _unpartitioned():
             for name in STATISTICS:
                 made[name] = self._get(name, self.initializers[name])
-                self._collect(name, made[name])
             if renorm:
                 root = _root_of(self.initializers["moving_variance"])
                 made["moving_stddev"] = self._get("moving_stddev", root)
@@ -83,18 +82,20 @@ class Maker:
                     zeros = tf.compat.v1.zeros_initializer()
                     made["biased"] = self._get("biased", zeros, model=debias_is_model)
                     made["local_step"] = self._get("local_step", zeros, shape=(), model=debias_is_model)
+        # Contrib put what its core layer had made into the collections afterwards, and the statistics first.
+        for name in (*STATISTICS, *PARAMETERS) if gamma_first else (*PARAMETERS, *STATISTICS):
+            if made[name] is not None:
+                self._collect(name, made[name])
         return Variables(**made)
 
     def _parameter(self, name: str) -> Any:
-        variable = self._get(
+        return self._get(
             name,
             self.initializers[name],
             trainable=self.trainable,
             regularizer=self.regularizers.get(name),
             constraint=self.constraints.get(name),
         )
-        self._collect(name, variable)
-        return variable
 
     def _get(
         self,
