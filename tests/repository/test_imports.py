@@ -73,9 +73,10 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Call) and node.args:
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             first = node.args[0]
-            if name in ("import_module", "__import__", "require") and isinstance(first, ast.Constant):
-                if not re.match(r"\.\w", str(first.value)):  # one dot stays inside the package
-                    yield node.lineno, str(first.value)
+            named = str(first.value) if isinstance(first, ast.Constant) else "."
+            # One dot stays inside the package.
+            if name in ("import_module", "__import__", "require") and not re.match(r"\.(\w|$)", named):
+                yield node.lineno, named
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.split(".")[0] in PACKAGES:
             yield node.lineno, node.value
 
