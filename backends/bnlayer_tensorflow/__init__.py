@@ -16,15 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchNorm", "batch_norm", "v1"]
 
-_HOMES = {"BatchNorm": ".layer", "batch_norm": ".function"}
+_HOMES = {"BatchNorm": ".layer", "batch_norm": ".function", "v1": ".v1"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "v1":
-        return importlib.import_module(".v1", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    home = importlib.import_module(_HOMES[name], __name__)
+    return home if name == "v1" else getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -7,9 +7,10 @@ they know by UPDATE_OPS and by the names moving_mean and moving_variance.
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -47,7 +48,9 @@ def check_update_ops(fetches: Any, *, scope: str | None = None, action: Action =
     graph, wanted = _operations(fetches)
     run = _ancestors(wanted)
     trainable = {v.op for v in graph.get_collection(tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES)}
-    trained = {op: name for op in run if (name := _trained_by(op, trainable, graph))}
+    # Written out once at most, and only where a function has to be looked into: a graph may be large.
+    library = functools.cache(lambda: {f.signature.name: f for f in graph.as_graph_def().library.function})
+    trained = {op: name for op in run if (name := _trained_by(op, trainable, library))}
     if not trained:
         return
     through = _ancestors(trained)
@@ -243,14 +246,14 @@ def _writes(op: Any) -> bool:
     return bool(op.inputs) and _ASSIGNS.match(op.type) is not None
 
 
-def _trained_by(op: Any, trainable: set[Any], graph: Any) -> str:
+def _trained_by(op: Any, trainable: set[Any], library: Callable[[], Mapping[str, Any]]) -> str:
     """The trainable variable that this operation takes a training step on; "" if none.
 
     An initializer and a restored value are written too, but do not depend on what the variable was.
     """
     if op.type in _CALLS:
         held = [tensor.op for tensor in op.inputs if tensor.op in trainable]
-        return str(held[0].name) if held and _function_trains(op, graph) else ""
+        return str(held[0].name) if held and _function_trains(op, library()) else ""
     if not _writes(op) or op.inputs[0].op not in trainable:
         return ""
     plain = op.type in ("Assign", "AssignVariableOp")
@@ -258,9 +261,8 @@ def _trained_by(op: Any, trainable: set[Any], graph: Any) -> str:
     return str(variable.name) if not plain or variable in _ancestors([op.inputs[1].op]) else ""
 
 
-def _function_trains(op: Any, graph: Any) -> bool:
+def _function_trains(op: Any, library: Mapping[str, Any]) -> bool:
     """Whether a function that this operation calls, such as a branch of tf.cond, has an optimizer's step in it."""
-    library = {function.signature.name: function for function in graph.as_graph_def().library.function}
     waiting, seen = [op.node_def], set()
     while waiting:
         node = waiting.pop()

@@ -569,3 +569,11 @@ def test_with_v2_behavior_disabled():
         for ours, theirs in pairs:
             values = np.array(theirs["values"]).reshape(theirs["shape"])
             np.testing.assert_allclose(ours, values, rtol=2e-5, atol=2e-5 * max(1, np.abs(values).max()), err_msg=name)
+
+
+def test_the_page_s_example_runs():
+    page = (Path(__file__).parents[2] / "docs" / "tensorflow1.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert child.returncode == 0, child.stderr[-2000:]
+    assert child.stdout.strip() == "(1, 4)"
