@@ -6,6 +6,7 @@ come as near as the framework allows, because the dialect reads its own argument
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
@@ -166,7 +167,8 @@ def renormalization(decay: str) -> Word:
         clipping = values["renorm_clipping"] or {}
         if not isinstance(clipping, Mapping) or set(clipping) - set(keys):
             raise DialectError(f"renorm_clipping must be None or have keys among {', '.join(keys)}; got {clipping!r}.")
-        clips = {keys[key]: value for key, value in clipping.items()}
+        # An infinite clip is none: Keras and tf.layers take it as one.
+        clips = {keys[key]: None if value == math.inf else value for key, value in clipping.items()}
         return {"renorm": Renorm(**clips, decay=_number(decay, values[decay]))}
 
     def write(spec: BatchNormSpec, _: Values, __: int | None) -> dict[str, Any]:

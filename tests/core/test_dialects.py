@@ -599,3 +599,12 @@ def test_onnx_agrees() -> None:
     for name, attribute in schema.attributes.items():
         theirs = onnx.helper.get_attribute_value(attribute.default_value)
         assert math.isclose(theirs, DIALECTS["onnx"].defaults[name], rel_tol=2**-24)  # attributes are float32
+
+
+def test_an_infinite_renorm_clip_is_none() -> None:
+    """Keras takes an infinite rmax for no clip."""
+    clipping = {"rmax": float("inf"), "rmin": 0.5}
+    spec = BatchNormSpec.from_dialect("keras", num_features=3, renorm=True, renorm_clipping=clipping)
+    assert spec.renorm is not None
+    assert (spec.renorm.r_max, spec.renorm.r_min, spec.renorm.d_max) == (None, 0.5, None)
+    assert spec.to_dialect("keras")["renorm_clipping"] == {"rmin": 0.5}
