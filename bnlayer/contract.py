@@ -214,6 +214,8 @@ class Missing:
         for dtype in (spec.param_dtype, spec.stats_dtype):
             if dtype in self.dtypes:
                 return f"{dtype}: {self.dtypes[dtype]}"
+        if request is not None and request.renorm_clips is not None and "renorm" in self.fields:
+            return f"renorm_clips: {self.fields['renorm']}"
         for call in request.calls if request is not None else ():
             if call.x.dtype.name in self.dtypes:
                 return f"{call.x.dtype.name}: {self.dtypes[call.x.dtype.name]}"
