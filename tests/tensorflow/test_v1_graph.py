@@ -267,16 +267,48 @@ def test_eval_moves_nothing_though_the_updates_are_fetched(session):
 # Statistics
 
 
+def ancestors(op):
+    found, waiting = set(), [op]
+    while waiting:
+        op = waiting.pop()
+        if op not in found:
+            found.add(op)
+            waiting += [*(tensor.op for tensor in op.inputs), *op.control_inputs]
+    return found
+
+
+def on(name, types, ops):
+    """The operations of these types on the variable of this name."""
+    return [op for op in ops if op.type in types and op.inputs[0].op.name.endswith(name)]
+
+
 def test_a_layer_used_twice_moves_by_both_batches_in_one_run(session):
     for x in (X, X + 10):
         batch_normalization(tf.constant(x), momentum=0.9, training=True, name="shared", reuse=v1.AUTO_REUSE)
+    # The order that loses an update to anything but a subtraction: both read before either writes.
+    writes = on("moving_mean", ("AssignSubVariableOp", "AssignVariableOp"), session.graph.get_operations())[-2:]
+    reads = [read for write in writes for read in on("moving_mean", ("ReadVariableOp",), ancestors(write))]
+    assert len(reads) == 2
+    for write in writes:
+        write._add_control_inputs(reads)
     start(session)
     session.run(v1.get_collection(KEYS.UPDATE_OPS))
-    a, b = X.mean(0), X.mean(0) + 10
-    got = kept(session, "moving_mean")[0]
-    # Both at once, or one after the other in either order.
-    possible = (0.1 * (a + b), 0.9 * 0.1 * a + 0.1 * b, 0.9 * 0.1 * b + 0.1 * a)
-    assert any(np.allclose(got, each, rtol=1e-5) for each in possible)
+    np.testing.assert_allclose(kept(session, "moving_mean")[0], 0.1 * (X.mean(0) + X.mean(0) + 10), rtol=1e-5)
+
+
+@pytest.mark.parametrize("fed", [False, True])
+def test_renorm_normalizes_with_the_averages_before_the_update(fed, session):
+    """In one run too: what y reads is read before it is written."""
+    flag = v1.placeholder(tf.bool, []) if fed else True
+    y = batch_norm(tf.constant(X), renorm=True, is_training=flag)
+    for update in v1.get_collection(KEYS.UPDATE_OPS):
+        assert y.op in ancestors(update.op) or {t.op for t in y.op.inputs} & ancestors(update.op)
+
+
+def test_a_reused_variable_is_collected_once(session):
+    for _ in range(2):
+        batch_norm(tf.constant(X), scope="a", reuse=v1.AUTO_REUSE, variables_collections=["kept"])
+    assert [v.op.name for v in v1.get_collection("kept")] == ["a/beta", "a/moving_mean", "a/moving_variance"]
 
 
 def test_zero_debias_of_a_layer_used_twice_counts_both(session):
