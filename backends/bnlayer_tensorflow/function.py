@@ -84,7 +84,7 @@ def batch_norm(
         _check_decay(decay, spec)
     count = _count(x, plan)
     ghosts = ghosts_of(x, plan, spec)
-    _refuse_single_values(plan, spec, count, ghosts)
+    x = _several_values(x, plan, spec, count, ghosts)
     work = tf.as_dtype(plan.arithmetic)
     channel_shape = plan.channel_shape if ghosts is None else (1, *plan.channel_shape)
     values = tf.cast(x, work) if ghosts is None else ghosts.split(tf.cast(x, work))
@@ -132,19 +132,22 @@ def _count(x: tf.Tensor, plan: CallPlan) -> Any:
     return tf.reduce_prod(tf.gather(tf.shape(x, tf.int64), plan.reduced))
 
 
-def _refuse_single_values(plan: CallPlan, spec: BatchNormSpec, count: Any, ghosts: Ghosts | None) -> None:
-    """One value per channel, of the batch or of its smallest ghost batch, where only the running graph can tell."""
+def _several_values(x: tf.Tensor, plan: CallPlan, spec: BatchNormSpec, count: Any, ghosts: Ghosts | None) -> tf.Tensor:
+    """x, refused where it has one value per channel, in all or in its smallest ghost batch, and where only the running
+    graph can tell that."""
     if plan.count is not None or not plan.batch_statistics or spec.single_value == "allow":
-        return
+        return x
     if ghosts is not None:
         rows = tf.cast(ghosts.rows, tf.int64)
         count = count // tf.maximum(rows, 1) * (rows // ghosts.number)
-    tf.debugging.assert_none_equal(
+    check = tf.debugging.assert_none_equal(
         count,
         tf.constant(1, tf.int64),
         message="batch statistics need more than one value per channel. Give a larger batch, call with training=False,"
         " or build the layer with single_value='allow'.",
     )
+    with tf.control_dependencies([check]):  # in a graph of TensorFlow 1 nothing else would run it
+        return tf.identity(x)
 
 
 def _adjustment(given: tuple[Any, Any]) -> tuple[tf.Tensor, tf.Tensor]:

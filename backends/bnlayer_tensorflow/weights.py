@@ -58,8 +58,7 @@ def read_weights(weights: tf.Tensor | None, plan: CallPlan, count: Any, ghosts: 
         values = tf.ones([1] * rank, tf.float64)
     else:
         # There is one weight per position and not per element of x, so float64 costs little and Q/W^2 keeps its digits.
-        values = tf.cast(_aligned(_real(weights), plan), tf.float64)
-        _check(values)
+        values = _checked(tf.cast(_aligned(_real(weights), plan), tf.float64))
     if ghosts is not None:  # a weight that all rows share has to be there for each, for they part
         rows = tf.reshape(tf.cast(ghosts.rows, tf.int64), [1])
         values = tf.broadcast_to(values, tf.concat([rows, tf.shape(values, tf.int64)[1:]], 0))
@@ -124,12 +123,14 @@ def _aligned(weights: tf.Tensor, plan: CallPlan) -> tf.Tensor:
     return weights
 
 
-def _check(values: tf.Tensor) -> None:
+def _checked(values: tf.Tensor) -> tf.Tensor:
     good = (values >= 0) & (values < float("inf"))
     if tf.executing_eagerly():
         if not bool(tf.reduce_all(good)):
             raise InputError(
                 f"weights must be finite and not negative; got {values[tf.math.logical_not(good)].numpy()[0]}."
             )
-    else:
-        tf.debugging.Assert(tf.reduce_all(good), ["weights must be finite and not negative; got", values])
+        return values
+    check = tf.debugging.Assert(tf.reduce_all(good), ["weights must be finite and not negative; got", values])
+    with tf.control_dependencies([check]):  # in a graph of TensorFlow 1 nothing else would run it
+        return tf.identity(values)

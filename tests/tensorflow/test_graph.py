@@ -132,3 +132,22 @@ def test_an_unknown_rank_is_refused():
     graph = tf.function(lambda x: layer(x, training=True), input_signature=[tf.TensorSpec(None)], autograph=False)
     with pytest.raises(InputError, match="known rank"):
         graph(tf.constant(X))
+
+
+def test_checks_run_in_a_graph_of_tensorflow_1() -> None:
+    """A session runs only what is fetched: an assertion that nothing depends on would never be asked."""
+    spec = BatchNormSpec(3)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        x = tf.compat.v1.placeholder(tf.float32, [None, 3])
+        w = tf.compat.v1.placeholder(tf.float32, [None])
+        arrays = {name: tf.constant(array) for name, array in BatchNormState.initial(spec).arrays().items()}
+        state = BatchNormState(**arrays, num_updates=tf.constant(0, tf.int64))
+        plain, _ = batch_norm(x, state, spec, training=True)
+        weighted, _ = batch_norm(x, state, spec, training=True, weights=w)
+        four = np.arange(12, dtype=np.float32).reshape(4, 3)
+        assert session.run(plain, {x: four}).shape == (4, 3)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="more than one value per channel"):
+            session.run(plain, {x: four[:1]})
+        assert session.run(weighted, {x: four, w: [1.0, 2.0, 0.0, 1.0]}).shape == (4, 3)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="finite and not negative"):
+            session.run(weighted, {x: four, w: [1.0, -2.0, 0.0, 1.0]})
