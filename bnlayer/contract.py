@@ -215,7 +215,7 @@ class Missing:
             if dtype in self.dtypes:
                 return f"{dtype}: {self.dtypes[dtype]}"
         if request is not None and request.renorm_clips is not None and "renorm" in self.fields:
-            return f"renorm_clips: {self.fields['renorm']}"
+            return f"renorm: {self.fields['renorm']}"  # the clips are renorm's
         for call in request.calls if request is not None else ():
             if call.x.dtype.name in self.dtypes:
                 return f"{call.x.dtype.name}: {self.dtypes[call.x.dtype.name]}"
