@@ -4,6 +4,7 @@
     layer = bnlayer.build(spec, "torch")
     spec, state = bnlayer.extract(layer)
     same = bnlayer.build(spec, "keras", state)
+    print(bnlayer.convert(model))
 
 Importing this package imports no framework.
 """
@@ -19,6 +20,7 @@ from .errors import (
     UnknownBackend,
     UnsupportedError,
 )
+from .models import Conversion, batch_norms, convert, freeze, unfreeze
 from .registry import backend, build, extract, load
 from .spec import BatchNormSpec, Renorm
 from .state import BatchNormState
@@ -30,6 +32,7 @@ __all__ = [
     "BatchNormError",
     "BatchNormSpec",
     "BatchNormState",
+    "Conversion",
     "DialectError",
     "FileError",
     "InputError",
@@ -39,7 +42,11 @@ __all__ = [
     "UnknownBackend",
     "UnsupportedError",
     "backend",
+    "batch_norms",
     "build",
+    "convert",
     "extract",
+    "freeze",
     "load",
+    "unfreeze",
 ]

@@ -23,10 +23,13 @@ class CallPlan:
         axis: the channel axis, counted from the front.
         reduced: every other axis, ascending.
         channel_shape: shape of a per-channel array broadcast against x, such as (1, C, 1, 1).
-        count: elements per channel; None where a length is not known yet (a graph being traced).
+        count: elements per channel; None where a length is not known yet (a graph being traced). Of a synchronized
+            layer these are the elements on this replica.
         weights_shape: shape to give the weights so that they broadcast against x, or None without weights.
         batch_statistics: normalize with the batch's statistics, else with the moving ones.
         update: the batch's statistics enter the moving ones, unless the total weight turns out to be 0.
+        synchronized: the batch's statistics are those of all replicas together. How many elements these have only the
+            replicas know, so the backend asks `refuse_single_value` once they do.
         ghosted: the batch's statistics are those of ghost batches, one set each.
         ghosts: the rows of each ghost batch, as slices of the batch axis; None where not ghosted, or where the number
             of rows is not known yet (then `ghost_slices` tells once it is).
@@ -40,6 +43,7 @@ class CallPlan:
     weights_shape: tuple[int | None, ...] | None
     batch_statistics: bool
     update: bool
+    synchronized: bool
     ghosted: bool
     ghosts: tuple[slice, ...] | None
     arithmetic: str
@@ -94,12 +98,10 @@ def plan_call(
     ghosts = ghost_slices(spec, shape[0]) if ghosted and shape[0] is not None else None
     # The smallest batch whose statistics are its own: the whole, or a ghost without the remainder's extra row.
     least = count if ghosts is None or count is None or not shape[0] else count // shape[0] * (shape[0] // len(ghosts))
-    if batch_statistics and least == 1 and spec.single_value == "raise":
+    synchronized = spec.synchronized and training  # no collective in eval, whatever normalizes there
+    if batch_statistics and not synchronized:
         whole = "batch" if ghosts is None else f"ghost batch of {spec.virtual_batch_size}"
-        raise InputError(
-            f"batch statistics need more than one value per channel and {whole}; got x with shape {_shown(shape)}. Give"
-            f" a larger {whole}, call with training=False, or build the layer with single_value='allow'."
-        )
+        refuse_single_value(spec, least, f"{whole}; got x with shape {_shown(shape)}", whole)
     if adjustment_shapes is not None:
         if spec.virtual_batch_size is not None:
             raise InputError("adjustment and virtual_batch_size contradict each other; use one of the two.")
@@ -112,11 +114,31 @@ def plan_call(
         count=count,
         weights_shape=None if weights_shape is None else _broadcastable(tuple(weights_shape), shape, axis),
         batch_statistics=batch_statistics,
-        update=training and update_stats and spec.track_moving_stats and count != 0,
+        update=training and update_stats and spec.track_moving_stats and (count != 0 or synchronized),
+        synchronized=synchronized,
         ghosted=ghosted,
         ghosts=ghosts,
         arithmetic="float64" if dtype == "float64" else "float32",
     )
+
+
+def refuse_single_value(spec: BatchNormSpec, count: int | None, found: str, whole: str = "batch") -> None:
+    """Refuse statistics over one value per channel, where the spec does.
+
+    Args:
+        spec: its `single_value` decides.
+        count: elements per channel, over all replicas; None where it is not known.
+        found: what came, for the message: "batch; got ...".
+        whole: what has to be larger.
+
+    Raises:
+        InputError: the count is 1 and the spec says "raise".
+    """
+    if count == 1 and spec.single_value == "raise":
+        raise InputError(
+            f"batch statistics need more than one value per channel and {found}. Give a larger {whole}, call with"
+            " training=False, or build the layer with single_value='allow'."
+        )
 
 
 def ghost_slices(spec: BatchNormSpec, rows: int) -> tuple[slice, ...]:

@@ -7,11 +7,11 @@ A backend is one light object, importable without its framework, registered unde
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from .state import BatchNormState
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 Layer = Any  # the framework's own kind of layer
+Kind = Literal["bnlayer", "native"]  # whose layer
+Part = Literal["statistics", "parameters"]  # what of a batch norm is frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class Call:
         dy: gradient of a scalar loss with respect to y, of y's shape and dtype; None: no gradients are asked for.
         weights: example weights or a mask, or None; real ones get a gradient, boolean and integer ones do not.
         adjustment: the pair (scale, bias) of the normalized values, each broadcastable to x, or None.
+        direction: of x's shape and dtype; asks for the second order too (`CallOutcome.hvp`). Needs a dy.
     """
 
     x: NDArray
@@ -39,6 +42,7 @@ class Call:
     dy: NDArray | None = None
     weights: NDArray | None = None
     adjustment: tuple[NDArray, NDArray] | None = None
+    direction: NDArray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +55,9 @@ class Request:
         update_stats: False: batch statistics normalize, but do not enter the moving ones.
         frozen_statistics: the layer's statistics are frozen, whatever `training` says.
         renorm_clips: "r_max", "r_min" or "d_max" to what holds instead of the spec's in this step; None is no clip.
+        shards: how many rows of every call each replica gets, in order (0 allowed; they add up to the batch): the step
+            runs on that many replicas of a synchronized layer, and the loss is the sum of theirs. None: on one.
+            `bnlayer.shards` cuts the calls and joins the outcomes.
     """
 
     calls: tuple[Call, ...]
@@ -59,16 +66,25 @@ class Request:
     update_stats: bool = True
     frozen_statistics: bool = False
     renorm_clips: Mapping[str, float | None] | None = None
+    shards: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class CallOutcome:
-    """What one call gave: y, and where `dy` was given dx and (for real weights) dweights, all numpy."""
+    """What one call gave, all numpy.
+
+    Attributes:
+        y: of x's shape and dtype.
+        dx, dweights: where `dy` was given; dweights for real weights only.
+        hvp: where a `direction` was given: the derivative of dx along it, which is the gradient with respect to x of
+            sum(dx * direction), dy held constant. Of x's shape and dtype.
+    """
 
     y: NDArray
     _: KW_ONLY
     dx: NDArray | None = None
     dweights: NDArray | None = None
+    hvp: NDArray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,47 +163,82 @@ class NativeBackend(Backend, Protocol):
         """The deviations file (format: `bnlayer_conformance.deviations`)."""
         ...
 
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        """Observables that the framework's layer does not have at all, and why: {"num_updates": "it has no counter"}.
+
+        They are neither asked for nor compared; without "dx" no gradients are. What it has and gets wrong is a
+        deviation instead.
+        """
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class LayerRecord:
-    """One batch norm inside a live model: its name there, the layer, its spec and state."""
+    """One batch norm inside a live model.
+
+    Attributes:
+        name: where it is, in the framework's own words ("layer1.0.bn1").
+        layer: the object.
+        kind: "bnlayer" for ours, "native" for the framework's own.
+        spec, state: what it is and holds; None where `reason` says why that cannot be told.
+        reason: why it cannot be read or replaced (a subclass that may compute something else, a lazy layer that was
+            never called); "" where it can.
+    """
 
     name: str
     layer: Layer
-    spec: BatchNormSpec
-    state: BatchNormState[NDArray]
+    kind: Kind
+    spec: BatchNormSpec | None
+    state: BatchNormState[NDArray] | None
+    reason: str = ""
 
 
+@runtime_checkable
 class ModelAdapter(Protocol):
-    """The only way by which porting, surgery and parity testing reach the live models of a framework."""
+    """The only way by which porting, surgery and parity testing reach the live models of a framework.
+
+    Registered under the entry-point group `bnlayer.models`; importable without the framework. What a model is, the
+    adapter says: a module, or a module with its variables where the framework keeps these apart.
+    """
 
     @property
     def name(self) -> str:
-        """The backend's name."""
+        """Of the kind of model, such as "torch" or "flax.nnx"."""
+        ...
+
+    def owns(self, model: Any) -> bool:
+        """Whether the other methods take this object. Does not import the framework."""
         ...
 
     def batch_norms(self, model: Any) -> Sequence[LayerRecord]:
-        """The model's batch norms in execution order."""
+        """The model's batch norms, ours and the framework's, in the order in which the model holds them.
+
+        A layer that the model holds several times is listed once, by its first name.
+        """
         ...
 
-    def capture(self, model: Any, inputs: Sequence[NDArray]) -> dict[str, tuple[NDArray, NDArray]]:
-        """One eval forward pass; each layer's input and output by the layer's name."""
+    def counterpart(self, record: LayerRecord, to: Kind) -> Layer:
+        """A layer of the other kind with the same spec, state, device, mode and flags, to stand in the record's place.
+
+        Raises:
+            UnsupportedError: there is none that computes the same; the message names what it would lose.
+        """
         ...
 
-    def train_steps(self, model: Any, batches: Iterable[Sequence[NDArray]]) -> Any:
-        """One training forward pass a batch, statistics updated, parameters untouched; the model after."""
+    def replace(self, model: Any, layers: Mapping[str, Layer]) -> Any:
+        """The model with other layers in the places of the records of these names; everywhere, where it is shared.
+
+        The same object where models are mutable.
+        """
         ...
 
-    def replace(self, model: Any, function: Callable[[LayerRecord], Layer]) -> Any:
-        """The model with each batch norm replaced by what `function` returns for it."""
-        ...
+    def freeze(self, model: Any, names: Collection[str], frozen: bool, part: Part) -> Any:
+        """The model with one part of these batch norms frozen, or free again.
 
-    def read(self, model: Any) -> dict[str, NDArray]:
-        """Every named tensor of the model."""
-        ...
-
-    def write(self, model: Any, tensors: dict[str, NDArray], specs: dict[str, BatchNormSpec]) -> Any:
-        """The model with these tensors, and each batch norm's epsilon and momentum, set."""
+        Raises:
+            UnsupportedError: the framework's own layer has no such flag; convert the model first.
+        """
         ...
 
 
@@ -199,11 +250,15 @@ class Missing:
         fields: spec fields that must keep their default; a reason each.
         dtypes: x dtypes the framework lacks; a reason each.
         adjustment: why `adjustment` is not taken, or None if it is.
+        shards: why a step cannot run on several replicas, or None if it can.
+        direction: why there is no second order, or None if there is.
     """
 
     fields: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     adjustment: str | None = None
+    shards: str | None = None
+    direction: str | None = None
 
     def reason(self, spec: BatchNormSpec, request: Request | None = None) -> str | None:
         """The first thing that `spec` or `request` asks for and this lacks, or None."""
@@ -216,11 +271,15 @@ class Missing:
                 return f"{dtype}: {self.dtypes[dtype]}"
         if request is not None and request.renorm_clips is not None and "renorm" in self.fields:
             return f"renorm: {self.fields['renorm']}"  # the clips are renorm's
+        if request is not None and request.shards is not None and self.shards is not None:
+            return f"shards: {self.shards}"
         for call in request.calls if request is not None else ():
             if call.x.dtype.name in self.dtypes:
                 return f"{call.x.dtype.name}: {self.dtypes[call.x.dtype.name]}"
             if call.adjustment is not None and self.adjustment is not None:
                 return f"adjustment: {self.adjustment}"
+            if call.direction is not None and self.direction is not None:
+                return f"direction: {self.direction}"
         return None
 
     def refuse(self, name: str, spec: BatchNormSpec, request: Request | None = None) -> None:

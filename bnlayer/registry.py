@@ -1,7 +1,8 @@
 """Find backends by name, over entry points: the built-in ones use the same door as a stranger's.
 
 `bnlayer.backends` holds backends for the full spec, `bnlayer.native` the frameworks' own layers as conformance
-targets. Nothing is imported until a backend is asked for.
+targets, `bnlayer.models` what reaches the batch norms inside a framework's models. Nothing is imported until it is asked
+for.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final
 
-from .contract import Backend, Layer, NDArray
+from .contract import Backend, Layer, ModelAdapter, NativeBackend, NDArray
 from .errors import BackendUnavailable, UnknownBackend
 from .spec import BatchNormSpec
 from .state import BatchNormState
 
 BACKENDS: Final = "bnlayer.backends"
 NATIVE: Final = "bnlayer.native"
+MODELS: Final = "bnlayer.models"
 _BUILT_IN: Final = ("numpy", "torch", "tensorflow", "jax", "keras")  # the order of tables, nothing else
 
 
@@ -107,6 +109,23 @@ def load(layer: Layer, state: BatchNormState[Any]) -> Layer:
     return owner(layer).load(layer, state)
 
 
+def adapter(model: Any) -> ModelAdapter:
+    """What reaches the batch norms of this model; imports no framework.
+
+    Raises:
+        UnknownBackend: no registered adapter owns it.
+    """
+    for name in known(MODELS):
+        try:
+            candidate = _load_adapter(name)
+        except (BackendUnavailable, UnknownBackend):
+            continue  # what cannot be loaded reaches no model
+        if candidate.owns(model):
+            return candidate
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    raise UnknownBackend(f"no adapter reaches into a {kind}; known kinds of models: {', '.join(known(MODELS))}.")
+
+
 _named = backend  # `build` has a parameter of that name
 
 
@@ -118,7 +137,23 @@ def _load(group: str, name: str) -> Backend:
     except Exception as error:  # a stranger's module may raise anything while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise BackendUnavailable(f"backend {name!r} ({entry.value}) cannot be imported ({reason}).") from error
-    return _checked(found, entry.value)
+    checked = _checked(found, entry.value)
+    if group == NATIVE and not isinstance(checked, NativeBackend):
+        raise UnknownBackend(f"{entry.value!r} is registered as a native layer, but lacks `deviations` or `lacks`.")
+    return checked
+
+
+@cache
+def _load_adapter(name: str) -> ModelAdapter:
+    entry = known(MODELS)[name]
+    try:
+        found = entry.load()
+    except Exception as error:  # as in `_load`
+        reason = f"{type(error).__name__}: {error}"
+        raise BackendUnavailable(f"model adapter {name!r} ({entry.value}) cannot be imported ({reason}).") from error
+    if not isinstance(found, ModelAdapter):
+        raise UnknownBackend(f"{entry.value!r} is not a model adapter (see bnlayer.contract.ModelAdapter).")
+    return found
 
 
 def _at(path: str) -> Backend:

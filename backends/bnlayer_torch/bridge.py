@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -101,15 +101,29 @@ def run_step(
     leaves = [leaf for one in asked for leaf in one.leaves]
     parameters = [p for p in (module.weight, module.bias) if p is not None and p.requires_grad] if asked else []
     wanted = [*leaves, *parameters]
-    found: dict[int, NDArray] = {}
+    directed = [one for one in asked if one.direction is not None]
+    gradients: dict[int, Tensor] = {}
     if wanted:
         got = torch.autograd.grad(
-            [one.y for one in asked], wanted, [one.dy for one in asked], allow_unused=True, materialize_grads=True
+            [one.y for one in asked],
+            wanted,
+            [one.dy for one in asked],
+            create_graph=bool(directed),
+            allow_unused=True,
+            materialize_grads=True,
         )
-        found = {id(leaf): to_array(gradient) for leaf, gradient in zip(wanted, got, strict=True)}
+        gradients = {id(leaf): gradient for leaf, gradient in zip(wanted, got, strict=True)}
+    second = _second_order(directed, [gradients[id(one.x)] for one in directed])
+    found = {leaf: to_array(gradient) for leaf, gradient in gradients.items()}
     return Outcome(
         tuple(
-            CallOutcome(to_array(one.y), dx=found.get(id(one.x)), dweights=found.get(id(one.weights))) for one in passes
+            CallOutcome(
+                to_array(one.y),
+                dx=found.get(id(one.x)),
+                dweights=found.get(id(one.weights)),
+                hvp=second.get(id(one)),
+            )
+            for one in passes
         ),
         state=read_state(module, spec),
         dgamma=found.get(id(module.weight)),
@@ -117,10 +131,27 @@ def run_step(
     )
 
 
+def _second_order(passes: Sequence[_Pass], dxs: Sequence[Tensor]) -> dict[int, NDArray]:
+    """The gradient of sum(dx * direction) with respect to each x, by the pass's id."""
+    directions = [one.direction for one in passes]
+    alive = [(dx, direction) for dx, direction in zip(dxs, directions, strict=True) if dx.requires_grad]
+    if not alive:  # dx does not depend on x: y is linear in it, as in eval
+        return {id(one): to_array(torch.zeros_like(one.x)) for one in passes}
+    got = torch.autograd.grad(
+        [dx for dx, _ in alive],
+        [one.x for one in passes],
+        [direction for _, direction in alive],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return {id(one): to_array(hvp) for one, hvp in zip(passes, got, strict=True)}
+
+
 class _Pass:
     """One call forward: its tensors, and the leaves that get a gradient."""
 
     def __init__(self, call: Call, forward: Forward, device: torch.device | None) -> None:
+        self.direction = None if call.direction is None else to_tensor(call.direction, device)
         self.dy = None if call.dy is None else to_tensor(call.dy, device)
         self.x = to_tensor(call.x, device)
         self.weights = None if call.weights is None else to_tensor(call.weights, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,10 @@ class TorchNN:
     def deviations(self) -> Path:
         """The file of torch.nn's known deviations."""
         return Path(__file__).with_name("deviations") / "torch.nn.txt"
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        return {}
 
     def version(self) -> str:
         return str(require("torch", "torch").__version__)

@@ -17,6 +17,8 @@ section 4.2), A = sqrt(m^2+v) the root mean square of x, sd = sqrt(v+eps), kappa
 * dbeta: K u sum|dy|; dgamma: K u sum|dy|(kappa + 2|xhat|), since both dy xhat and its sum are rounded.
 * dx = gamma/sd (dy - p (S1 + xhat S2)): each term's own error, and rho |dx|.
 * dweights: the same, term by term.
+* hvp = -dx q/sd - F p (xhat' S2 + xhat S2'), F = gamma/sd: the same; q and xhat' = (t - sum(pt) - xhat q)/sd get the
+  errors of xhat, of their sums and of 1/sd.
 * renorm: r = sd/den is off by rho and den's own error, relatively; d = (m - renorm_mean)/den by both means' errors over
   den; a clip passes on what it gets, or nothing where it holds by a margin. (xhat r + d) s + b: term by term.
 * an average d s + (1-d) b: 4 u (d|s| + (1-d)|b|), the errors that s and b bring, and u_stats times the result.
@@ -248,6 +250,40 @@ def dweight_error(
         at * a1 + h * errors.ku * sums.dy + (h * at + errors.rho * r / 2) * a2 + half * sums.s2_error
         + (errors.ku + factor_error) * (h * a1 + half * a2)
     )  # fmt: skip
+
+
+def second_order_errors(
+    errors: Errors, rounding: Rounding, sums: Sums, factor: Number, factor_error: float, sd: Number,
+    g: Sequence[Number], xhat: Sequence[Number], p: Sequence[Number], t: Sequence[Number], mean: Number, q: Number,
+    moved: Sequence[Number], s2: Number, s2_moved: Number, dx: Sequence[Number], dx_errors: Sequence[float],
+    values: Sequence[Number],
+) -> list[float]:  # fmt: skip
+    """Of hvp = -dx q/sd - factor p (xhat' S2 + xhat S2'), element by element; `moved` is xhat', `mean` is sum(pt)."""
+    ku, deviation = errors.ku, abs(_f(sd)) or 1.0
+    of_xhat = [xhat_error(errors, h) for h in xhat]
+    sizes = [(abs(_f(h)), abs(_f(pi)), abs(_f(ti))) for h, pi, ti in zip(xhat, p, t, strict=True)]
+    mean_error = ku * fsum(share * at for _, share, at in sizes)
+    q_error = fsum(share * at * (e + ku * h) for (h, share, at), e in zip(sizes, of_xhat, strict=True))
+    size_q, size_mean = abs(_f(q)), abs(_f(mean))
+    moved_errors = [
+        (ku * (at + size_mean + h * size_q) + mean_error + e * size_q + h * q_error) / deviation
+        + errors.rho * abs(_f(d))
+        for (h, _, at), e, d in zip(sizes, of_xhat, moved, strict=True)
+    ]
+    s2_moved_error = fsum(abs(_f(gi)) * (e + ku * abs(_f(d))) for gi, e, d in zip(g, moved_errors, moved, strict=True))
+    size_s2, size_s2_moved = abs(_f(s2)), abs(_f(s2_moved))
+    relative = errors.rho + factor_error + rounding.out
+    return [
+        (size_q * dx_error + (q_error + (errors.rho + ku) * size_q) * abs(_f(dxi))) / deviation
+        + abs(_f(factor)) * share * (
+            e_moved * size_s2 + abs(_f(d)) * sums.s2_error + e_xhat * size_s2_moved + h * s2_moved_error
+            + 2.0 * ku * (abs(_f(d)) * size_s2 + h * size_s2_moved)
+        )
+        + relative * abs(_f(value))
+        + rounding.out_floor
+        for (h, share, _), e_xhat, e_moved, d, dxi, dx_error, value in zip(
+            sizes, of_xhat, moved_errors, moved, dx, dx_errors, values, strict=True)
+    ]  # fmt: skip
 
 
 def _f(value: Number) -> float:

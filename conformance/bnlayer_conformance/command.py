@@ -106,10 +106,9 @@ def _chosen(pattern: str) -> tuple[list[Vector], list[str]]:
 
 
 def _run(target: Target, vectors: list[Vector], checks: list[str], device: Any) -> list[Result]:
-    from bnlayer.contract import NativeBackend
-
     from . import deviations, metamorphic, runner
 
+    known = deviations.of(target)  # before the run: a damaged file need not wait for it
     results: list[Result] = []
     with _progress(target.name, len(vectors) + len(checks)) as advance:
         for result in runner.run(vectors, target, device):
@@ -118,10 +117,7 @@ def _run(target: Target, vectors: list[Vector], checks: list[str], device: Any) 
         for result in metamorphic.run(checks, target, device):
             results.append(result)
             advance()
-    if isinstance(target.backend, NativeBackend):
-        ran = [v.id for v in vectors] + checks
-        results = deviations.apply(results, deviations.read(target.backend.deviations), ran)
-    return results
+    return deviations.apply(results, known, [v.id for v in vectors] + checks)
 
 
 @contextmanager

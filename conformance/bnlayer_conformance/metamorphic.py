@@ -18,8 +18,8 @@ from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
 from . import bounds
-from .compare import Finding, compare, compare_counter, worst
-from .runner import Result, Target
+from .compare import Finding, compare, compare_counter
+from .runner import Result, Target, broken, verdict
 from .vector import Expected
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
@@ -115,19 +115,11 @@ def run(checks: Sequence[str], target: Target, device: Any = None) -> Iterator[R
             if reason is not None:
                 yield replace(result, status="unsupported", reason=reason)
                 continue
-            bad = worst(f for seed in range(len(_CASES)) for f in _CHECKS[name](Bench(target.backend, device, seed)))
+            found = [f for seed in range(len(_CASES)) for f in _CHECKS[name](Bench(target.backend, device, seed))]
         except Exception as error:  # a finding about the backend, never the end of the run
-            yield replace(result, status="error", reason=f"{type(error).__name__}: {error}")
+            yield broken(result, error)
             continue
-        yield replace(
-            result,
-            status="pass" if bad.passed else "fail",
-            observable=bad.observable,
-            error=bad.error,
-            tolerance=bad.tolerance,
-            reason=bad.reason,
-            ratio=bad.ratio,
-        )
+        yield verdict(result, found)
 
 
 def gradient_sums_to_zero(bench: Bench) -> Iterator[Finding]:

@@ -69,6 +69,7 @@ class OneCall:
     real_weights: int | None = None  # how many weights want a gradient; None for a mask
     weights_dtype: str = "float32"
     adjustment: tuple[Numbers, Numbers] | None = None  # spread to every element of x
+    direction: Numbers | None = None  # along which the derivative of dx is asked for
 
 
 @dataclass
@@ -80,6 +81,7 @@ class CallResult:
     dgamma: Bounded | None = None
     dbeta: Bounded | None = None
     dweights: Bounded | None = None
+    hvp: Bounded | None = None
 
 
 @dataclass
@@ -370,6 +372,7 @@ def _gradients(
     eps, features = mpf(spec["epsilon"]), len(places)
     position = {i: k for where in places for k, i in enumerate(where)}
     dx: list[tuple[list[int], Bounded]] = []
+    hvp: list[tuple[list[int], Bounded]] = []
     dgamma = Bounded([mpf(0)] * features, [0.0] * features)
     dweights = Bounded([mpf(0)] * (call.real_weights or 0), [0.0] * (call.real_weights or 0))
     for ghost in channels:
@@ -385,10 +388,15 @@ def _gradients(
             factor = ch.gamma * ch.r / ch.sd
             dxs = [factor * (gi - pi * (s1 + h * s2)) for gi, h, pi in zip(g, xhat, p, strict=True)]
             sums = bounds.gradient_sums(ch.errors, g, xhat)
-            dx.append((ch.where, Bounded(dxs, [
+            dx_errors = [
                 bounds.dx_error(ch.errors, rounding, sums, factor, ch.r_error, gi, h, pi, s2, dxi)
                 for gi, h, pi, dxi in zip(g, xhat, p, dxs, strict=True)
-            ])))  # fmt: skip
+            ]
+            dx.append((ch.where, Bounded(dxs, dx_errors)))
+            if call.direction is not None:
+                t = [call.direction[i] if ok else mpf(0) for i, ok in zip(ch.where, sound, strict=True)]
+                second = _second_order(ch, g, xhat, p, t, factor, s2, Bounded(dxs, dx_errors), sums, rounding)
+                hvp.append((ch.where, second))
             dgamma.values[c] += mp.fsum(d * zi for d, zi in zip(dy, z, strict=True))
             dgamma.tolerance[c] += bounds.product_sum_error(ch.errors, dy, z, ch.z_error)
             if call.real_weights is not None and ch.p is not None:
@@ -402,6 +410,8 @@ def _gradients(
                         ch.errors, rounding, sums, ch.gamma * ch.r / total, ch.r_error, h, ratio, s1, s2
                     )
     result.dx = _scatter(call, dx)
+    if call.direction is not None:
+        result.hvp = _scatter(call, hvp)
     if spec["scale"]:
         result.dgamma = Bounded(dgamma.values, [
             bounds.rounded(rounding.param, rounding.param_floor, e, v)
@@ -417,6 +427,30 @@ def _gradients(
             e + out * abs(float(v)) for e, v in zip(dweights.tolerance, dweights.values, strict=True)
         ]  # fmt: skip
         result.dweights = dweights
+
+
+def _second_order(
+    ch: Channel, g: Numbers, xhat: Numbers, p: Numbers, t: Numbers, factor: Number, s2: Number, dx: Bounded,
+    sums: bounds.Sums, rounding: bounds.Rounding,
+) -> Bounded:  # fmt: skip
+    """The derivative of dx = F (g - p (S1 + xhat S2)), F = gamma r/sd, when x moves along t; g and r are constant.
+
+    The mean moves by sum(pt), the deviation by q = sum(p xhat t), so xhat' = (t - sum(pt) - xhat q)/sd,
+    S2' = sum(g xhat') and F' = -F q/sd: dx' = -dx q/sd - F p (xhat' S2 + xhat S2').
+    """
+    mean = mp.fsum(pi * ti for pi, ti in zip(p, t, strict=True))
+    q = mp.fsum(pi * h * ti for pi, h, ti in zip(p, xhat, t, strict=True))
+    moved = [(ti - mean - h * q) / ch.sd for ti, h in zip(t, xhat, strict=True)]
+    s2_moved = mp.fsum(gi * d for gi, d in zip(g, moved, strict=True))
+    values = [
+        -dxi * q / ch.sd - factor * pi * (d * s2 + h * s2_moved)
+        for dxi, pi, d, h in zip(dx.values, p, moved, xhat, strict=True)
+    ]
+    tolerance = bounds.second_order_errors(
+        ch.errors, rounding, sums, factor, ch.r_error, ch.sd, g, xhat, p, t, mean, q, moved, s2, s2_moved, dx.values,
+        dx.tolerance, values,
+    )  # fmt: skip
+    return Bounded(values, tolerance)
 
 
 def channel_places(shape: tuple[int, ...], axis: int) -> list[list[int]]:

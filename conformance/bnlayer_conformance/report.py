@@ -48,6 +48,15 @@ def document(targets: Sequence[Target], results: Sequence[Result]) -> dict[str, 
                 "error": _finite(r.error),
                 "tolerance": _finite(r.tolerance),
                 "reason": r.reason,
+                "failures": [
+                    {
+                        "observable": f.observable,
+                        "error": _finite(f.error),
+                        "ratio": _finite(f.ratio),
+                        "reason": f.reason,
+                    }
+                    for f in r.failures
+                ],
             }
             for r in results
         ],

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import numpy as np
 
 import bnlayer.errors
-from bnlayer.contract import Backend, Call, Outcome, Request
+from bnlayer.contract import Backend, Call, NativeBackend, Outcome, Request
 from bnlayer.errors import BackendUnavailable, BatchNormError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, array_names
 
 from .compare import Finding, compare, compare_counter, worst
-from .vector import Expected, Step, Vector, array
+from .vector import Expected, Step, Vector, VectorCall, array
 
 Status = Literal["pass", "fail", "deviation", "unsupported", "error"]
 CALLS = ("train", "eval", "call_twice")
@@ -24,7 +24,7 @@ CALLS = ("train", "eval", "call_twice")
 @dataclass(frozen=True)
 class Result:
     """One vector on one target. `observable`, `error` and `tolerance` are those of the worst element; `ratio` is that
-    error in tolerances."""
+    error in tolerances. `failures` has the worst finding of each observable that failed, worst first."""
 
     vector: str
     group: str
@@ -35,6 +35,7 @@ class Result:
     tolerance: float | None = None
     reason: str = ""
     ratio: float = 0.0
+    failures: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,22 @@ def run_vector(vector: Vector, backend: Backend, device: Any = None) -> Result:
     result = Result(vector.id, vector.group, backend.name, "pass")
     try:
         if vector.result == "valid":
-            return _verdict(result, _findings(vector, backend, device))
+            return verdict(result, _findings(vector, backend, device))
         return _refused(result, vector, backend, device)
     except _Unsupported as error:
         return replace(result, status="unsupported", reason=str(error))
     except Exception as error:  # whatever a backend does is a finding about it, never the end of the run
-        return replace(result, status="error", reason=f"{type(error).__name__}: {error}")
+        return broken(result, error)
 
 
-class _Unsupported(Exception):
-    """The backend said by name that it lacks what the vector needs."""
-
-
-def _verdict(result: Result, findings: Iterable[Finding]) -> Result:
-    bad = worst(findings)
+def verdict(result: Result, findings: Iterable[Finding]) -> Result:
+    """The result that the findings lead to."""
+    found = list(findings)
+    bad = worst(found)
+    by_name: dict[str, Finding] = {}
+    for finding in found:
+        if not finding.passed:
+            by_name[finding.observable] = worst([by_name.get(finding.observable, finding), finding])
     return replace(
         result,
         status="pass" if bad.passed else "fail",
@@ -95,7 +98,18 @@ def _verdict(result: Result, findings: Iterable[Finding]) -> Result:
         tolerance=bad.tolerance,
         reason=bad.reason,
         ratio=bad.ratio,
+        failures=tuple(sorted(by_name.values(), key=lambda finding: -finding.ratio)),
     )
+
+
+def broken(result: Result, error: Exception) -> Result:
+    """The result of a backend that raised what it should not."""
+    reason = f"{type(error).__name__}: {error}"
+    return replace(result, status="error", reason=reason, failures=(Finding("error", float("inf"), reason=reason),))
+
+
+class _Unsupported(Exception):
+    """The backend said by name that it lacks what the vector needs."""
 
 
 def _refused(result: Result, vector: Vector, backend: Backend, device: Any) -> Result:
@@ -110,14 +124,14 @@ def _refused(result: Result, vector: Vector, backend: Backend, device: Any) -> R
     except BatchNormError as error:
         if isinstance(error, wanted) and progress.at == vector.refusal.at:
             findings.extend(_unharmed(backend, progress))
-            return _verdict(result, findings)
+            return verdict(result, findings)
         came = f"{type(error).__name__} at {progress.at}: {error}"
     else:
         if vector.result == "acceptable":
-            return _verdict(result, findings)
+            return verdict(result, findings)
         came = "nothing"
     reason = f"{vector.refusal.error} at {vector.refusal.at} was expected, got {came}"
-    return replace(result, status="fail", observable="refusal", reason=reason, ratio=float("inf"))
+    return verdict(result, [*findings, Finding("refusal", float("inf"), reason=reason)])
 
 
 @dataclass
@@ -132,7 +146,8 @@ class _Progress:
 def _findings(vector: Vector, backend: Backend, device: Any, progress: _Progress | None = None) -> Iterator[Finding]:
     progress = progress or _Progress()
     spec = BatchNormSpec.from_dict(vector.spec)
-    requests = [_request(step) if step.do in CALLS else None for step in vector.steps]
+    lacks = lacking(backend)
+    requests = [_request(step, lacks) if step.do in CALLS else None for step in vector.steps]
     for request in requests or [None]:
         reason = backend.unsupported(spec, request)
         if reason is not None:
@@ -140,16 +155,19 @@ def _findings(vector: Vector, backend: Backend, device: Any, progress: _Progress
     progress.at = "state"
     state = None if vector.state is None else _state(vector.state)
     layer = backend.build(spec, state, device=device)
-    yield from _held(backend, layer, spec, BatchNormState.initial(spec) if state is None else state)
+    held_now = _held(backend, layer, spec, BatchNormState.initial(spec) if state is None else state)
+    yield from (finding for finding in held_now if finding.observable not in lacks)
     given = _snapshot({} if state is None else state.arrays(), "state")
     for index, (step, request) in enumerate(zip(vector.steps, requests, strict=True)):
         progress.at, progress.layer, (_, progress.held) = index, layer, backend.extract(layer)
         if request is not None:
             lent = given + _snapshot(progress.held.arrays(), "extracted")
             for call in request.calls:
-                lent += _snapshot({"x": call.x, "dy": call.dy, "weights": call.weights}, "input")
+                arrays = {"x": call.x, "dy": call.dy, "weights": call.weights, "direction": call.direction}
+                lent += _snapshot(arrays, "input")
             layer, outcome = backend.step(layer, request)
-            yield from _located(index, _outcome(step, outcome, spec))
+            compared = _outcome(step, request, outcome, spec)
+            yield from _located(index, (finding for finding in compared if finding.observable not in lacks))
             yield from _located(index, _unwritten(lent))
         elif step.do == "set":
             layer = backend.load(layer, progress.held.replace(**step.state))
@@ -158,18 +176,25 @@ def _findings(vector: Vector, backend: Backend, device: Any, progress: _Progress
             layer = backend.build(held_spec, held, device=device)
 
 
-def _outcome(step: Step, outcome: Outcome, spec: BatchNormSpec) -> Iterator[Finding]:
+def lacking(backend: Backend) -> Mapping[str, str]:
+    """The observables that a framework's own layer does not have; empty for a backend of the full spec."""
+    return backend.lacks if isinstance(backend, NativeBackend) else {}
+
+
+def _outcome(step: Step, request: Request, outcome: Outcome, spec: BatchNormSpec) -> Iterator[Finding]:
     if not step.expect:
         return  # the step that an invalid vector should not have come through
     if len(outcome.calls) != len(step.calls):
         yield Finding("calls", float("inf"), reason=f"{len(step.calls)} were expected, got {len(outcome.calls)}")
         return
-    for call, got in zip(step.calls, outcome.calls, strict=True):
+    for call, asked, got in zip(step.calls, request.calls, outcome.calls, strict=True):
         yield compare("y", got.y, call.expect["y"])
-        if call.dy is not None:
+        if asked.dy is not None:
             yield compare("dx", got.dx, call.expect["dx"])
             yield compare("dweights", got.dweights, call.expect.get("dweights"))
-    if any(call.dy is not None for call in step.calls):
+        if asked.direction is not None:
+            yield compare("hvp", got.hvp, call.expect["hvp"])
+    if any(asked.dy is not None for asked in request.calls):
         yield compare("dgamma", outcome.dgamma, step.expect.get("dgamma"))
         yield compare("dbeta", outcome.dbeta, step.expect.get("dbeta"))
     for name in array_names(spec):
@@ -222,13 +247,23 @@ def _located(where: object, findings: Iterable[Finding]) -> Iterator[Finding]:
         yield replace(finding, reason=f"{step}, {finding.reason}") if finding.reason else finding
 
 
-def _request(step: Step) -> Request:
+def _request(step: Step, lacks: Mapping[str, str]) -> Request:
+    def call(given: VectorCall) -> Call:
+        return Call(
+            given.x,
+            dy=None if "dx" in lacks else given.dy,
+            weights=given.weights,
+            adjustment=given.adjustment,
+            direction=None if "dx" in lacks or "hvp" in lacks else given.direction,
+        )
+
     return Request(
-        tuple(Call(call.x, dy=call.dy, weights=call.weights, adjustment=call.adjustment) for call in step.calls),
+        tuple(call(given) for given in step.calls),
         training=step.do != "eval",
         update_stats=step.update_stats,
         frozen_statistics=step.frozen_statistics,
         renorm_clips=step.renorm_clips,
+        shards=step.shards,
     )
 
 

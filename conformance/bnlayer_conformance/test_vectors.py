@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from bnlayer.contract import NativeBackend
-
 from . import deviations, metamorphic, vector
 from .runner import Result, Target, run
 
@@ -25,11 +23,9 @@ def test_metamorphic(check: str, target: Target, device: str | None) -> None:
 def _judge(result: Result, target: Target) -> None:
     if result.status == "unsupported":
         pytest.skip(result.reason)
-    if isinstance(target.backend, NativeBackend):
-        known = deviations.read(target.backend.deviations)
-        line = next((line for line in known if line.explains(result)), None)
-        if line is not None:
-            pytest.xfail(f"{line.reason} ({line.reference})")
+    result = deviations.mark(result, deviations.of(target))
+    if result.status == "deviation":
+        pytest.xfail(result.reason)
     if result.status != "pass":
         size = "" if result.error is None else f" error {result.error:.3g}, tolerance {result.tolerance:.3g};"
         pytest.fail(f"{result.vector} on {result.target}: {result.observable}:{size} {result.reason}", pytrace=False)

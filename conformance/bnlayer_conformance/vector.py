@@ -53,6 +53,7 @@ class VectorCall:
     dy: NDArray | None
     weights: NDArray | None
     adjustment: tuple[NDArray, NDArray] | None
+    direction: NDArray | None
     expect: Mapping[str, Expected]
 
 
@@ -63,7 +64,7 @@ class Step:
     Attributes:
         do: "train", "eval", "call_twice", "set" or "rebuild".
         calls: of the first three.
-        update_stats, frozen_statistics, renorm_clips: of the first three.
+        update_stats, frozen_statistics, renorm_clips, shards: of the first three.
         expect: dgamma, dbeta and the state's arrays after the step.
         num_updates: the counter after the step.
         state: what "set" changes: arrays by name, or num_updates.
@@ -74,6 +75,7 @@ class Step:
     update_stats: bool
     frozen_statistics: bool
     renorm_clips: Mapping[str, float | None] | None
+    shards: tuple[int, ...] | None
     expect: Mapping[str, Expected]
     num_updates: int | None
     state: Mapping[str, Any]
@@ -198,6 +200,7 @@ def _step(entry: Any) -> Step:
         update_stats=entry.get("update_stats", True),
         frozen_statistics=entry.get("frozen_statistics", False),
         renorm_clips=entry.get("renorm_clips"),
+        shards=None if entry.get("shards") is None else tuple(entry["shards"]),
         expect={name: _expected(value) for name, value in expect.items() if name != "num_updates"},
         num_updates=expect.get("num_updates"),
         state={n: v if n == "num_updates" else array(v) for n, v in entry.get("state", {}).items()},
@@ -206,11 +209,13 @@ def _step(entry: Any) -> Step:
 
 def _call(entry: Any) -> VectorCall:
     dy, weights, adjustment = entry.get("dy"), entry.get("weights"), entry.get("adjustment")
+    direction = entry.get("direction")
     return VectorCall(
         x=laid_out(array(entry["x"]), entry.get("view", "contiguous")),
         dy=None if dy is None else laid_out(array(dy), entry.get("dy_view", "contiguous")),
         weights=None if weights is None else array(weights),
         adjustment=None if adjustment is None else (array(adjustment["scale"]), array(adjustment["bias"])),
+        direction=None if direction is None else array(direction),
         expect={name: _expected(value) for name, value in entry.get("expect", {}).items()},
     )
 

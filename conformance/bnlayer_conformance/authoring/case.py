@@ -36,6 +36,7 @@ class CallCase:
         poison: places of x (index tuples) and what to put there.
         adjustment: scale and bias, of x's dtype.
         masked_dy: dy is 0 wherever the weights are 0.
+        direction: True: also ask for the second order, along a drawn direction of standard deviation `direction_std`.
     """
 
     shape: tuple[int, ...] = (8, 3)
@@ -51,6 +52,8 @@ class CallCase:
     dy_view: str = "contiguous"
     poison: Mapping[tuple[Any, ...], float] = field(default_factory=dict)
     masked_dy: bool = False
+    direction: Any = None
+    direction_std: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class StepCase:
     update_stats: bool = True
     frozen_statistics: bool = False
     renorm_clips: Mapping[str, float | None] | None = None
+    shards: tuple[int, ...] | None = None
     state: Mapping[str, Data] = field(default_factory=dict)
 
 
@@ -89,7 +93,7 @@ def evaluate(**options: Any) -> StepCase:
 
 
 def _one(do: str, options: dict[str, Any]) -> StepCase:
-    step = {n: options.pop(n) for n in ("update_stats", "frozen_statistics", "renorm_clips") if n in options}
+    step = {n: options.pop(n) for n in ("update_stats", "frozen_statistics", "renorm_clips", "shards") if n in options}
     return StepCase(do, (CallCase(**options),), **step)
 
 
@@ -236,6 +240,8 @@ def _step(
         entry["frozen_statistics"] = True
     if step.renorm_clips is not None:
         entry["renorm_clips"] = dict(step.renorm_clips)
+    if step.shards is not None:
+        entry["shards"] = list(step.shards)
     drawn = [_drawn(f"{name}/{i}", spec, call) for i, call in enumerate(step.calls)]
     entry["calls"] = [_call_document(call) for call in drawn]
     if refused:
@@ -257,6 +263,8 @@ def _step(
             expect["dx"] = _expected(result.dx, call.dtype, call.x.shape, digits)
         if result.dweights is not None:
             expect["dweights"] = _expected(result.dweights, call.weights_dtype, call.weights.shape, digits)
+        if result.hvp is not None:
+            expect["hvp"] = _expected(result.hvp, call.dtype, call.x.shape, digits)
         document["expect"] = expect
     expect = {}
     for key in ("dgamma", "dbeta"):
@@ -293,7 +301,12 @@ def _drawn(name: str, spec: BatchNormSpec, call: CallCase) -> CallCase:
     if call.adjustment is not None:
         scale, bias = (np.array(part).astype(x.dtype) for part in call.adjustment)
         call = replace(call, adjustment=(scale, bias))
-    return replace(call, x=x, dy=dy, weights=weights, dtype=x.dtype.name)
+    direction = call.direction
+    if direction is True:
+        direction = draw.normal(f"{name}/direction", x.shape, call.dtype, std=call.direction_std)
+    elif direction is not None:
+        direction = np.array(direction).astype(x.dtype)
+    return replace(call, x=x, dy=dy, weights=weights, dtype=x.dtype.name, direction=direction)
 
 
 def _one_call(spec: BatchNormSpec, call: CallCase) -> oracle.OneCall:
@@ -315,6 +328,7 @@ def _one_call(spec: BatchNormSpec, call: CallCase) -> oracle.OneCall:
         real_weights=real,
         weights_dtype=call.weights_dtype,
         adjustment=_spread_adjustment(call),
+        direction=None if call.direction is None else exact(call.direction),
     )
 
 
@@ -412,6 +426,8 @@ def _call_document(call: CallCase) -> dict[str, Any]:
     if call.adjustment is not None:
         scale, bias = call.adjustment
         document["adjustment"] = {"scale": array_document(scale), "bias": array_document(bias)}
+    if call.direction is not None:
+        document["direction"] = array_document(call.direction)
     return document
 
 
