@@ -1,8 +1,7 @@
 """Find backends by name, over entry points: the built-in ones use the same door as a stranger's.
 
 `bnlayer.backends` holds backends for the full spec, `bnlayer.native` the frameworks' own layers as conformance
-targets, `bnlayer.models` what reaches the batch norms inside a framework's models. Nothing is imported until it is asked
-for.
+targets, `bnlayer.models` what reaches the batch norms inside a framework's models. Nothing is imported until asked for.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def _rows(call: Call, rows: slice) -> Call:
 
 def _is_cut(array: NDArray, call: Call) -> bool:
     """Whether an array whose first axis is the batch's has a row for each row of x, and not one for all."""
-    return array.shape[0] == call.x.shape[0]
+    return bool(array.shape[0] == call.x.shape[0])
 
 
 def _joined(call: Call, parts: Sequence[CallOutcome]) -> CallOutcome:
