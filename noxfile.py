@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import STDOUT
+from tempfile import TemporaryFile
+from threading import Lock
 
 import nox
 
@@ -15,6 +19,10 @@ nox.options.sessions = ["tests"]
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+
+Command = tuple[dict[str, str], list[str]]  # environment variables, and the arguments
+LANES = 2  # how many of the tests' commands run at a time; each takes up to about 4 GB
+SHOWING = Lock()
 
 # Frameworks that want a process of their own: they fight over threads, memory and what they patch.
 ALONE = ("torch", "tensorflow", "jax", "keras")
@@ -28,9 +36,7 @@ NEEDS = {
 }
 GROUPS = ("frameworks", "peers", "examples", "test", "lint")  # of what the session `tests` installs
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
-CHECKS: list[tuple[dict[str, str], list[str]]] = [
-    ({}, command.split()) for command in ("ruff check", "ruff format --check", "mypy", "pyright")
-]
+CHECKS: list[Command] = [({}, command.split()) for command in ("ruff check", "ruff format --check", "mypy", "pyright")]
 
 
 @nox.session
@@ -42,10 +48,11 @@ def tests(session: nox.Session) -> None:
     together = [str(folder) for folder in folders if folder.name not in ALONE]
     commands = [(ENVIRONMENT, ["pytest", *together])]
     commands += [(ENVIRONMENT, ["pytest", str(folder)]) for folder in folders if folder.name in ALONE]
-    commands.append(({**ENVIRONMENT, "KERAS_BACKEND": "tensorflow"}, ["bnlayer", "conform"]))
+    commands.append(({**ENVIRONMENT, "KERAS_BACKEND": "tensorflow"}, ["bnlayer", "conform", "--native"]))
     for framework in ("jax", "torch"):  # Keras runs on one framework per process
-        commands.append(({**ENVIRONMENT, "KERAS_BACKEND": framework}, ["bnlayer", "conform", "--backend", "keras"]))
-    run_all(session, CHECKS + commands)
+        keras = [part for target in ("keras", "keras.layers") for part in ("--backend", target)]
+        commands.append(({**ENVIRONMENT, "KERAS_BACKEND": framework}, ["bnlayer", "conform", *keras]))
+    run_all(session, commands + CHECKS, lanes=LANES)
 
 
 @nox.session
@@ -109,14 +116,28 @@ def test_folders() -> list[Path]:
     return [folder for folder in folders if any(folder.rglob("test_*.py"))]
 
 
-def run_all(session: nox.Session, commands: list[tuple[dict[str, str], list[str]]]) -> None:
-    """Run every command, whatever the ones before it said; fail at the end with the list of those that failed."""
-    failed = []
-    for environment, command in commands:
-        try:
-            session.run(*command, env=environment)
-        except nox.command.CommandFailed:
-            failed.append(" ".join(command))
+def run_all(session: nox.Session, commands: list[Command], *, lanes: int = 1) -> None:
+    """Run every command, whatever the ones before it said; fail at the end with the list of those that failed.
+
+    With more than one lane that many run at a time, and each one's output is shown when it ends.
+    """
+
+    def run(command: Command) -> str | None:
+        environment, arguments = command
+        shown = " ".join([*(f"{name}={value}" for name, value in environment.items()), *arguments])
+        with TemporaryFile("w+") as output:
+            try:
+                session.run(*arguments, env=environment, stdout=output if lanes > 1 else None, stderr=STDOUT)
+            except nox.command.CommandFailed:
+                return shown
+            finally:
+                output.seek(0)
+                with SHOWING:
+                    print(f"----- {shown}", output.read(), sep="\n", flush=True)
+        return None
+
+    with ThreadPoolExecutor(lanes) as pool:
+        failed = [shown for shown in pool.map(run, commands) if shown is not None]
     if failed:
         session.error("failed: " + "; ".join(failed))
 
