@@ -40,3 +40,7 @@ class UnknownBackend(BatchNormError, LookupError):
 
 class FileError(BatchNormError, ValueError):
     """A file is damaged, hostile or not what its reader expects; the message names the file and the place."""
+
+
+class CheckpointError(FileError):
+    """A checkpoint cannot be read or written; the message names the file, the place in it, and the cause."""

@@ -1,0 +1,78 @@
+"""Write a file, or a folder of files, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+
+@contextmanager
+def replacing(path: Path, *, force: bool) -> Iterator[Path]:
+    """A new path beside `path` to write to; when the block ends well, it takes `path`'s place.
+
+    The new file (or every file of a new folder) is flushed to the disk before it is renamed, and the folder that holds
+    the name after. Killed at any moment, `path` is the old one or the new one; at worst a file `.NAME.*.writing` stays
+    beside it. A folder that is replaced (`force`) is first moved aside, as no system renames over a folder that holds
+    something: killed between the two moves, the old one lies at `.NAME.*.replaced`, whole.
+
+    Raises:
+        CheckpointError: `path` is there and `force` is False, or is a folder where a file is written or the reverse.
+        OSError: as the disk says; `path` is as it was.
+    """
+    path = path.resolve() if path.is_symlink() else path  # the link stays, what it names is replaced
+    if path.exists() and not force:
+        raise CheckpointError(f"{path}: it is there already; give force=True (--force) to replace it.")
+    room = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".writing", dir=path.parent))
+    new = room / path.name
+    try:
+        yield new
+        if path.exists() and path.is_dir() != new.is_dir():
+            raise CheckpointError(f"{path}: a {_kind(path)} is there, and a {_kind(new)} would take its place.")
+        for file in [new, *new.rglob("*")] if new.is_dir() else [new]:
+            _flush(file)
+        if new.is_dir() and path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
+            path.rename(old / path.name)
+            try:
+                new.rename(path)
+            except OSError:
+                (old / path.name).rename(path)
+                raise
+            finally:
+                if path.exists():
+                    shutil.rmtree(old)
+        else:
+            if path.exists():
+                shutil.copymode(path, new)
+            else:
+                new.chmod((0o777 if new.is_dir() else 0o666) & ~_umask())
+            new.replace(path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # there a folder cannot be opened, and renames are written through
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # the only way to ask is to set
+    os.umask(mask)
+    return mask
+
+
+def _kind(path: Path) -> str:
+    return "folder" if path.is_dir() else "file"

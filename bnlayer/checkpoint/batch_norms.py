@@ -1,0 +1,241 @@
+"""The batch norms in a checkpoint: which tensors they are, what their spec is, and how far the file tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from ..dialects import DIALECTS
+from ..errors import BatchNormError, CheckpointError
+from ..spec import FLOAT_DTYPES, BatchNormSpec, Renorm
+from ..state import BatchNormState, array_names
+from . import naming
+from .checkpoint import Checkpoint, Layer, NDArray
+from .naming import Candidate, Unclear
+
+Origin = Literal["file", "assumed", "given"]
+ASSUMABLE: Final = ("kind", "epsilon", "decay", "axis", "moving_variance_estimator")
+_ROLES: Final = ("gamma", "beta", "moving_mean", "moving_variance", "num_updates", "hidden_mean", "hidden_variance",
+                 "renorm_mean", "renorm_stddev", "moving_stddev")  # fmt: skip
+_RENORM: Final = ("renorm_mean", "renorm_stddev", "moving_stddev")
+# What the names cannot tell of the input's rank: a batch norm is mostly one of images.
+_RANK: Final = 4
+
+
+@dataclass(frozen=True, eq=False)
+class StoredBatchNorm:
+    """One batch norm of a checkpoint.
+
+    Attributes:
+        name: the layer's, in the file's words.
+        owner: the convolution or dense layer that it belongs to, where the order tells; or None.
+        num_features: its channels.
+        parts: attribute of `BatchNormState` to the name of its tensor.
+        missing: what the file lacks of the state that its spec has.
+        spec: what it is.
+        sources: for each of "kind", "epsilon", "decay", "axis", "moving_variance_estimator": whether the file has it,
+            the caller gave it, or it was assumed: to be the framework's default, or to be a batch norm at all ("kind").
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    owner: str | None
+    num_features: int
+    parts: Mapping[str, str]
+    missing: tuple[str, ...]
+    spec: BatchNormSpec
+    sources: Mapping[str, Origin]
+
+    def state(self) -> BatchNormState[NDArray]:
+        """Its state, read now. What the file lacks is None.
+
+        Raises:
+            CheckpointError: a tensor cannot be read.
+        """
+        arrays: dict[str, Any] = {
+            role: self.checkpoint[name].reshape(-1) for role, name in self.parts.items() if role != "num_updates"
+        }
+        counter = self.parts.get("num_updates")
+        return BatchNormState(**arrays, num_updates=None if counter is None else _count(self.checkpoint, counter))
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What `find` found."""
+
+    batch_norms: list[StoredBatchNorm]
+    ambiguous: list[Unclear]
+
+
+def find(
+    checkpoint: Checkpoint,
+    *,
+    names: Mapping[str, str] | None = None,
+    ema: Literal["raw", "ema"] = "raw",
+    dialect: str | None = None,
+    epsilon: float | None = None,
+    decay: float | Literal["cumulative"] | None = None,
+) -> Found:
+    """Find every batch norm of a checkpoint.
+
+    Args:
+        checkpoint: where to look; only shapes are read.
+        names: the file's own words for hand-written layers: attribute of `BatchNormState` to the last part of the
+            tensors' names, such as {"gamma": "scale", "moving_mean": "pop_mean", "moving_variance": "pop_var"}.
+        ema: which of TensorFlow's twins: the variables, or their exponential moving averages.
+        dialect: whose defaults to assume where the file has none.
+        epsilon, decay: what to take where the file does not say.
+
+    Raises:
+        CheckpointError: `names` has an unknown attribute, or lacks the statistics.
+    """
+    view = naming.averaged(checkpoint.tensors, ema)
+    found: list[StoredBatchNorm] = []
+    unclear: list[Unclear] = []
+    taken: set[str] = set()
+    candidates: list[Candidate | Unclear] = [_from_layer(layer) for layer in checkpoint.layers if _is_batch_norm(layer)]
+    if names is not None:
+        candidates += naming.given(view, _checked(names))
+    candidates += [found for rule in naming.RULES for found in rule(view)]
+    given = {"epsilon": epsilon, "decay": decay}
+    for candidate in candidates:
+        if isinstance(candidate, Unclear):
+            unclear.append(candidate)
+            continue
+        parts = {role: view.get(name, name) for role, name in candidate.parts.items()}
+        if taken & set(parts.values()):
+            continue  # a surer rule has had it
+        problem = _problem(checkpoint, parts)
+        if problem:
+            unclear.append(Unclear(candidate.name, problem))
+            continue
+        taken |= set(parts.values())
+        found.append(_stored(checkpoint, candidate, parts, dialect, given))
+    known = {one.name for one in found}
+    order = {name: i for i, name in enumerate(checkpoint.tensors)}
+    found.sort(key=lambda one: min(order[name] for name in one.parts.values()))
+    return Found(found, [one for one in unclear if one.name not in known])
+
+
+def _checked(names: Mapping[str, str]) -> Mapping[str, str]:
+    unknown = [role for role in names if role not in _ROLES]
+    if unknown or not set(naming.STATISTICS) <= set(names):
+        raise CheckpointError(
+            "names must map moving_mean, moving_variance and perhaps others to the file's own words; got"
+            f" {dict(names)}. The attributes are {', '.join(_ROLES)}."
+        )
+    return names
+
+
+def _is_batch_norm(layer: Layer) -> bool:
+    last = layer.kind.rsplit(".", 1)[-1].rsplit(">", 1)[-1]
+    return last in ("BatchNormalization", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+
+
+def _from_layer(layer: Layer) -> Candidate:
+    """A layer that the format itself calls a batch norm, with its arguments as stored."""
+    dialect = str(layer.settings.get("dialect", "keras"))
+    settings = {key: value for key, value in layer.settings.items() if key != "dialect"}
+    return Candidate(layer.name, dialect, dict(layer.tensors), settings=settings)
+
+
+def _problem(checkpoint: Checkpoint, parts: Mapping[str, str]) -> str:
+    """Why these tensors are no batch norm, or ""."""
+    sizes = {}
+    for role, name in parts.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None:
+            return f"the file says that it has {name!r}, and does not hold it"
+        if role == "num_updates":
+            if tensor.dtype.kind not in "iuf" or tensor.nbytes > 8 * max(tensor.shape, default=1):
+                return f"{name} is {tensor.dtype.name} {tensor.shape}, and a count was expected"
+            continue
+        if tensor.dtype.name not in FLOAT_DTYPES:
+            return f"{name} is {tensor.dtype.name}; a batch norm's are {', '.join(FLOAT_DTYPES)}"
+        sizes[name] = tensor.shape
+    if "moving_mean" not in parts or "moving_variance" not in parts:
+        return "it has no moving statistics in the file"
+    long = {tuple(n for n in shape if n != 1) for shape in sizes.values()}
+    if len(long) != 1 or any(len(shape) > 1 for shape in long) or any(0 in shape for shape in long):
+        return "its tensors differ in length: " + ", ".join(f"{name} {shape}" for name, shape in sizes.items())
+    return ""
+
+
+def _stored(
+    checkpoint: Checkpoint,
+    candidate: Candidate,
+    parts: Mapping[str, str],
+    dialect: str | None,
+    given: Mapping[str, Any],
+) -> StoredBatchNorm:
+    tensors = {role: checkpoint.tensors[name] for role, name in parts.items() if role != "num_updates"}
+    features = int(np.prod(tensors["moving_variance"].shape))
+    stored = next((tensors[role] for role in ("gamma", "beta") if role in tensors), tensors["moving_variance"])
+    fields: dict[str, Any] = {
+        "center": "beta" in parts,
+        "scale": "gamma" in parts,
+        "param_dtype": stored.dtype.name,
+        "stats_dtype": tensors["moving_variance"].dtype.name,
+        **candidate.fields,
+    }
+    if all(role in parts for role in _RENORM):
+        fields["renorm"] = Renorm()
+    base = dialect or candidate.dialect or "keras"
+    spec = _assumed(base, features)
+    sources: dict[str, Origin] = dict.fromkeys(ASSUMABLE, "assumed")
+    sources["kind"] = "assumed" if candidate.doubt else "file"
+    if candidate.settings:
+        told = BatchNormSpec.from_dialect(candidate.dialect, **_argued(candidate, features))
+        for name in ("epsilon", "decay", "axis", "moving_variance_estimator"):
+            fields[name] = getattr(told, name)
+            sources[name] = "file"
+        fields.setdefault("renorm", told.renorm)
+    for name, value in given.items():
+        if value is not None and sources[name] != "file":
+            fields[name], sources[name] = value, "given"
+    spec = spec.replace(**fields)
+    missing = tuple(role for role in (*array_names(spec), "num_updates") if role not in parts)
+    owner = _owner(checkpoint, parts, features)
+    return StoredBatchNorm(checkpoint, candidate.name, owner, features, dict(parts), missing, spec, sources)
+
+
+def _argued(candidate: Candidate, features: int) -> dict[str, Any]:
+    """The stored arguments that the dialect knows; a stored axis may be a list of one."""
+    known = DIALECTS[candidate.dialect].defaults
+    arguments = {key: value for key, value in candidate.settings.items() if key in known}
+    if isinstance(arguments.get("axis"), list) and len(arguments["axis"]) == 1:
+        arguments["axis"] = arguments["axis"][0]
+    return {"num_features": features, "rank": _RANK, **arguments}
+
+
+def _assumed(dialect: str, features: int) -> BatchNormSpec:
+    """The framework's default; for arguments that it has no default for, the usual values."""
+    usual = {"haiku": {"decay_rate": 0.9, "create_scale": True, "create_offset": True}}.get(dialect, {})
+    try:
+        return BatchNormSpec.from_dialect(dialect, num_features=features, rank=_RANK, **usual)
+    except BatchNormError as error:
+        raise CheckpointError(f"the defaults of {dialect!r} cannot be assumed: {error}") from error
+
+
+def _owner(checkpoint: Checkpoint, parts: Mapping[str, str], features: int) -> str | None:
+    """The layer right before, where the order is the model's: a kernel that gives this many channels."""
+    if not checkpoint.order_is_meaningful:
+        return None
+    first, before = min(list(checkpoint.tensors).index(name) for name in parts.values()), list(checkpoint.tensors)
+    for name in reversed(before[:first]):
+        shape = checkpoint.tensors[name].shape
+        if len(shape) >= 2:
+            return naming.split(name)[0] if features in (shape[0], shape[1], shape[-1], shape[-1] * shape[-2]) else None
+        if len(shape) == 1 and shape[0] != features:
+            return None
+    return None
+
+
+def _count(checkpoint: Checkpoint, name: str) -> int:
+    value = np.asarray(checkpoint[name]).reshape(-1)
+    if value.size != 1 or not 0 <= float(value[0]) < 2**63 or float(value[0]) != int(value[0]):
+        raise CheckpointError(f"{checkpoint.path}: {name} must be a count; got {value[:3]}.")
+    return int(value[0])
