@@ -121,8 +121,8 @@ def keras_numbered(names: Collection[str]) -> Iterator[Candidate | Unclear]:
         if sorted(numbered) != list(range(len(tensors))) or present is None:
             yield Unclear(
                 owner,
-                f"it has {len(tensors)} variables, which are numbered and not named: with 3, gamma or beta is missing and"
-                " nothing says which. Read it from the .keras file, or give --names.",
+                f"it has {len(tensors)} variables, numbered and not named: of 3, gamma or beta is missing, and nothing"
+                " says which. Read the .keras file, or give --names.",
             )
             continue
         yield Candidate(owner, "keras", dict(zip(present, tensors, strict=True)), fields=_extra(present))
