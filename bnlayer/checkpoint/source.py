@@ -75,6 +75,30 @@ class Source:
         raise CheckpointError(f"{self.path}: {place}: {cause}." if place else f"{self.path}: {cause}.")
 
 
+class Bounded:
+    """A stream that reads no more than what is left of its file, however much is asked for.
+
+    Python takes memory for as many bytes as it is asked to read, before it finds that they are not there.
+    """
+
+    def __init__(self, stream: IO[bytes], end: int) -> None:
+        """Read `stream` from where it stands, up to `end`."""
+        self._stream, self._end = stream, end
+
+    def tell(self) -> int:
+        """Where it stands."""
+        return self._stream.tell()
+
+    def read(self, length: int = -1) -> bytes:
+        """Up to `length` bytes."""
+        left = max(0, self._end - self._stream.tell())
+        return self._stream.read(left if length < 0 else min(length, left))
+
+    def readline(self) -> bytes:
+        """Up to the end of the line."""
+        return self._stream.readline(max(0, self._end - self._stream.tell()))
+
+
 def sibling(path: Path, name: str, place: str) -> Path:
     """The file of this name beside `path`, where a file's own content names another.
 
