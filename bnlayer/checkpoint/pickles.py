@@ -10,9 +10,10 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
 from ..errors import CheckpointError
+from .source import Stream
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,14 @@ class Reader:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self, stream: IO[bytes]) -> Any:
+    def run(self, stream: Stream) -> Any:
         """Read one pickle from where the stream stands; afterwards it stands behind it.
 
         Raises:
             CheckpointError: it is truncated or malformed.
         """
         try:
-            for opcode, argument, _ in pickletools.genops(stream):
+            for opcode, argument, _ in pickletools.genops(cast("Any", stream)):
                 if opcode.name == "STOP":
                     break
                 self._step(opcode.name, argument)

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, NoReturn
+from typing import IO, NoReturn, Protocol
 
 from ..errors import CheckpointError
 
@@ -73,6 +73,18 @@ class Source:
             CheckpointError: with the file, the place and the cause.
         """
         raise CheckpointError(f"{self.path}: {place}: {cause}." if place else f"{self.path}: {cause}.")
+
+
+class Stream(Protocol):
+    """What reading needs of a file."""
+
+    def read(self, length: int = ..., /) -> bytes:
+        """Up to `length` bytes."""
+        ...
+
+    def readline(self) -> bytes:
+        """Up to the end of the line."""
+        ...
 
 
 class Bounded:

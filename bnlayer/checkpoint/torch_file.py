@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
@@ -16,71 +14,44 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import CheckpointError
+from .archive import members, opened
 from .checkpoint import Checkpoint
 from .formats import Options
 from .pickles import Reader
 from .source import Source
 from .torch_objects import DTYPES, STORAGES, checkpoint_of
 
-_MOST_MEMBERS: Final = 1_000_000
 _ALIGNMENT: Final = 64  # of a storage in the file, as torch writes it, so that it can be mapped
 
 
 def read(path: Path, options: Options) -> Checkpoint:
     """Read the pickle; storages when a tensor is asked for. `FormatModule.read`."""
     source = Source(path)
-    with _archive(source) as archive:
-        members = _members(archive, source)
-        pickle = next((name for name in members if name.rsplit("/", 1)[-1] == "data.pkl"), None)
+    with opened(source) as archive:
+        inside = members(archive, source, plain=True)
+        pickle = next((name for name in inside if name.rsplit("/", 1)[-1] == "data.pkl"), None)
         if pickle is None:
             source.refuse("", "it has no data.pkl, so it is not a file of torch.save")
         folder = pickle.removesuffix("data.pkl")
-        order = archive.read(members[f"{folder}byteorder"]) if f"{folder}byteorder" in members else b"little"
+        order = archive.read(inside[f"{folder}byteorder"]) if f"{folder}byteorder" in inside else b"little"
         if order != b"little":
             source.refuse("byteorder", f"it is {order[:20]!r}; only little-endian files are read")
-        root = Reader(f"{path}: {pickle}").run(BytesIO(archive.read(members[pickle])))
-    if any(name.endswith("/code/__torch__.py") or "/code/" in name for name in members):
-        source.refuse("", "it is a TorchScript program; save its state_dict() instead")
+        if any(name.startswith(f"{folder}code/") for name in inside):
+            source.refuse("", "it is a TorchScript program; save its state_dict() instead")
+        root = Reader(f"{path}: {pickle}").run(BytesIO(archive.read(inside[pickle])))
 
     def sizes(key: str) -> int | None:
-        member = members.get(f"{folder}data/{key}")
+        member = inside.get(f"{folder}data/{key}")
         return None if member is None else member.file_size
 
     def storage(key: str, length: int, place: str) -> bytes:
-        with _archive(source) as archive, archive.open(members[f"{folder}data/{key}"]) as stream:
+        with opened(source) as archive, archive.open(inside[f"{folder}data/{key}"]) as stream:
             data = stream.read(length)
         if len(data) != length:
             raise CheckpointError(f"{place}: {length} bytes were expected, and {len(data)} could be read.")
         return data
 
     return checkpoint_of(root, path, "torch", options, sizes, storage)
-
-
-@contextmanager
-def _archive(source: Source) -> Iterator[zipfile.ZipFile]:
-    """The archive, its damage told as ours."""
-    try:
-        with source.open() as file, zipfile.ZipFile(file) as archive:
-            yield archive
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{source.path}: the zip archive is damaged ({error}).") from error
-
-
-def _members(archive: zipfile.ZipFile, source: Source) -> dict[str, zipfile.ZipInfo]:
-    members: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        if info.filename in members:
-            source.refuse(info.filename, "the archive has this member twice")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            source.refuse(info.filename, "it is compressed or encrypted; torch stores its members plain")
-        if info.file_size > source.size or info.file_size != info.compress_size:
-            source.refuse(info.filename, f"{info.file_size} bytes are declared, and the file has {source.size}")
-        members[info.filename] = info
-        if len(members) > _MOST_MEMBERS:
-            source.refuse("", f"the archive has more than {_MOST_MEMBERS} members")
-    return members
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:

@@ -1,0 +1,110 @@
+"""numpy.savez's archives: one `.npy` member an array.
+
+bfloat16 is kept as in `BatchNormState.to_npz`: its bits, and its name in the member `dtypes`.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import CheckpointError
+from .archive import members, opened
+from .checkpoint import Checkpoint, NDArray, Tensor
+from .formats import Options
+from .npy import read_data, read_header
+from .source import Source
+from .strict import strict_json
+
+# What numpy's format cannot name, with the unsigned integers of the same size.
+_BITS: Final[dict[str, tuple[np.dtype[Any], np.dtype[Any]]]] = {
+    "bfloat16": (np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)),
+    "float8_e4m3fn": (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.uint8)),
+    "float8_e5m2": (np.dtype(ml_dtypes.float8_e5m2), np.dtype(np.uint8)),
+}
+_DTYPES: Final = "dtypes"
+_LONGEST_TEXT: Final = 2**26
+
+
+def read(path: Path, options: Options) -> Checkpoint:
+    """Read every header; arrays when they are asked for. `FormatModule.read`."""
+    source = Source(path)
+    headers: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+    texts: dict[str, str] = {}
+    with opened(source) as archive:
+        for filename, info in members(archive, source, plain=False).items():
+            if not filename.endswith(".npy"):
+                source.refuse(filename, "it is no .npy member, so the file is no npz")
+            name, place = filename.removesuffix(".npy"), f"{path}: {filename}"
+            with archive.open(info) as stream:
+                dtype, shape, _ = read_header(stream, place)
+                if stream.tell() + prod(shape) * dtype.itemsize != info.file_size:
+                    source.refuse(filename, f"{dtype} {shape} does not fit its {info.file_size} bytes")
+                if dtype.kind == "U":
+                    if info.file_size > _LONGEST_TEXT:
+                        source.refuse(filename, "the text is too long")
+                    texts[name] = _text(stream.read(), place)
+                elif dtype.kind not in "biufc":
+                    source.refuse(filename, f"its dtype {dtype} is not one of numbers")
+                else:
+                    headers[name] = dtype.newbyteorder("="), shape
+    named = _named(texts.pop(_DTYPES, None), path)
+    tensors = {name: _lazy(source, name, dtype, shape, named.get(name)) for name, (dtype, shape) in headers.items()}
+    return Checkpoint("npz", tensors, order_is_meaningful=True, path=path, metadata=texts)
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write every tensor; `FormatModule.write`."""
+    bits: dict[np.dtype[Any], np.dtype[Any]] = dict(_BITS.values())
+    names: dict[str, str] = {}
+    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, tensor in checkpoint.tensors.items():
+            array = checkpoint[name]
+            if tensor.dtype in bits:
+                names[name], array = tensor.dtype.name, array.view(bits[tensor.dtype])
+            elif tensor.dtype.kind not in "biufc":
+                raise CheckpointError(f"{path}: {name} is {tensor.dtype.name}, which an npz cannot hold; convert it.")
+            _add(archive, name, array)
+        if names:
+            _add(archive, _DTYPES, np.array(json.dumps(names)))
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: NDArray) -> None:
+    info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+    with archive.open(info, "w", force_zip64=True) as stream:
+        np.lib.format.write_array(stream, array, allow_pickle=False)
+
+
+def _lazy(source: Source, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], named: str | None) -> Tensor:
+    place = f"{source.path}: {name}"
+    if named is not None and (named not in _BITS or _BITS[named][1] != dtype):
+        source.refuse(name, f"it is stored as {dtype}, and said to be {named!r}")
+
+    def load() -> NDArray:
+        with opened(source) as archive, archive.open(f"{name}.npy") as stream:
+            array = read_data(stream.read, *read_header(stream, place), place)
+        return array if named is None else array.view(_BITS[named][0])
+
+    return Tensor(dtype if named is None else _BITS[named][0], shape, load)
+
+
+def _named(text: str | None, path: Path) -> dict[str, str]:
+    if text is None:
+        return {}
+    found = strict_json(text, f"{path}: {_DTYPES}")
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{path}: {_DTYPES}: a JSON object of dtypes' names was expected.")
+    return {name: dtype for name, dtype in found.items() if dtype in _BITS}
+
+
+def _text(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-32-le").rstrip("\0")
+    except UnicodeError as error:
+        raise CheckpointError(f"{place}: it is no text ({error}).") from error
