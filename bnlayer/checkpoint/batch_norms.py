@@ -106,8 +106,8 @@ def find(
             unclear.append(candidate)
             continue
         parts = {role: view.get(name, name) for role, name in candidate.parts.items()}
-        if taken & set(parts.values()):
-            continue  # a surer rule has had it
+        if taken & set(parts.values()) and not candidate.settings:
+            continue  # a surer rule has had it; layers that the file itself lists may share tensors
         problem = _problem(checkpoint, parts)
         if problem:
             unclear.append(Unclear(candidate.name, problem))

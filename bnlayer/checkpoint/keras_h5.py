@@ -1,5 +1,6 @@
-"""Keras's weights in HDF5: Keras 3's `.weights.h5` (numbered variables under paths), and the older `.h5` of whole models
-or weights (named variables, in the order that attributes give)."""
+"""Keras's weights in HDF5: `.weights.h5` of Keras 3, and the older `.h5` of whole models or of weights.
+
+The new ones number a layer's variables under its path; the old ones name them, in an order that attributes give."""
 
 from __future__ import annotations
 
@@ -89,7 +90,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
             if tensor.dtype.kind not in "biufc":
                 raise CheckpointError(f"{path}: {name} is {tensor.dtype.name}, which HDF5 cannot hold; convert it.")
             try:
-                root.create_dataset(name, data=np.ascontiguousarray(checkpoint[name]))
+                root.create_dataset(name, data=np.asarray(checkpoint[name], order="C"))
             except (ValueError, OSError) as error:
                 raise CheckpointError(f"{path}: {name}: it cannot be a path in HDF5 ({error}).") from error
         for layer, text in names.items():

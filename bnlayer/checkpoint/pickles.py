@@ -48,7 +48,12 @@ class Call:
     @property
     def name(self) -> str:
         """The function's full name."""
-        return str(self.function) if isinstance(self.function, Global) else "?"
+        function = self.function
+        if isinstance(function, Persistent) and isinstance(function.identity, tuple) and len(function.identity) > 1:
+            function = function.identity[
+                1
+            ]  # old files of torch wrap a module's class: ("module", class, its source ...)
+        return str(function) if isinstance(function, Global) else "?"
 
 
 @dataclass(frozen=True, eq=False)
