@@ -110,7 +110,8 @@ def _patient(one: StoredBatchNorm | LayerRecord) -> _Patient:
     return _Patient(one.name, spec, told, state, gamma, beta, mean, variance)
 
 
-def not_finite(p: _Patient) -> Iterator[Diagnosis]:
+def _not_finite(p: _Patient) -> Iterator[Diagnosis]:
+    """NaN and infinities; in float16, what became too large for it."""
     for name, array in p.state.arrays().items():
         bad = int((~np.isfinite(np.asarray(array).astype(np.float64))).sum())
         if not bad:
@@ -124,32 +125,33 @@ def not_finite(p: _Patient) -> Iterator[Diagnosis]:
         else:
             yield Diagnosis(
                 p.name, "not-finite", "error",
-                f"{bad} of {array.size} values of {name} are NaN or infinite; they never heal, since every average keeps"
-                " them.",
+                f"{bad} of {array.size} values of {name} are NaN or infinite; they never heal, as every average keeps them.",
                 "Go back to a checkpoint from before, or recalibrate the statistics; train with nonfinite='keep'.",
             )  # fmt: skip
 
 
-def variance_below_zero(p: _Patient) -> Iterator[Diagnosis]:
+def _variance_below_zero(p: _Patient) -> Iterator[Diagnosis]:
+    """Negative variances; with means that are all positive, the two are swapped."""
     negative = int((p.variance < 0).sum())
     if not negative:
         return
     if bool((p.mean >= 0).all()) and bool((p.mean > 0).any()):
         yield Diagnosis(
             p.name, "mean-and-variance-swapped", "error",
-            f"{negative} of {p.variance.size} variances are negative, and no mean is: the two were read for each other.",
+            f"{negative} of {p.variance.size} variances are negative, and no mean: the two were read for each other.",
             "Swap the two where the file was written, and check the order of the other layers.",
         )  # fmt: skip
     else:
         yield Diagnosis(
             p.name, "negative-variance", "error",
-            f"{negative} of {p.variance.size} variances are negative, down to {p.variance.min():.3g}: with an epsilon that"
-            " does not cover it, eval gives NaN.",
+            f"{negative} of {p.variance.size} variances are negative, down to {p.variance.min():.3g}: eval gives NaN where"
+            " epsilon does not cover it.",
             "Find what wrote it (a shifted epsilon, E[x^2]-E[x]^2 in low precision); recalibrate the statistics.",
         )  # fmt: skip
 
 
-def half_underflow(p: _Patient) -> Iterator[Diagnosis]:
+def _half_underflow(p: _Patient) -> Iterator[Diagnosis]:
+    """Statistics stored in float16 at the ends of its range."""
     stored = p.state.moving_variance
     if stored is None or np.asarray(stored).dtype != np.float16 or p.at_start:
         return
@@ -157,8 +159,7 @@ def half_underflow(p: _Patient) -> Iterator[Diagnosis]:
     if small:
         yield Diagnosis(
             p.name, "float16-underflow", "warning",
-            f"{small} of {p.variance.size} variances are below {_SMALLEST_NORMAL_HALF:.2g}, where float16 has few digits"
-            " or none.",
+            f"{small} of {p.variance.size} variances are below {_SMALLEST_NORMAL_HALF:.2g}, where float16 has few digits.",
             "Keep batch norm's statistics in float32, and save the checkpoint again.",
         )  # fmt: skip
     large = int((np.maximum(np.abs(p.mean), p.variance) == _LARGEST_HALF).sum())
@@ -170,18 +171,20 @@ def half_underflow(p: _Patient) -> Iterator[Diagnosis]:
         )  # fmt: skip
 
 
-def inverted_momentum(p: _Patient) -> Iterator[Diagnosis]:
+def _inverted_momentum(p: _Patient) -> Iterator[Diagnosis]:
+    """An average that mostly forgets."""
     decay = p.spec.decay
     if p.decay_is_told and decay != "cumulative" and decay < 0.5:
         yield Diagnosis(
             p.name, "momentum-inverted", "warning",
-            f"the old statistics weigh {decay:g} and the new batch {1 - decay:g}, so eval follows the last batch: momentum"
-            " means the weight of the old in Keras and JAX, and of the new in torch.",
+            f"the old statistics weigh {decay:g} and the new batch {1 - decay:g}, so eval follows the last batch. Momentum"
+            " is the weight of the old in Keras and JAX, and of the new in torch.",
             f"If that is not meant, set the decay to {1 - decay:g} (torch's momentum {decay:g}).",
         )  # fmt: skip
 
 
-def dead_channels(p: _Patient) -> Iterator[Diagnosis]:
+def _dead_channels(p: _Patient) -> Iterator[Diagnosis]:
+    """Channels that carry nothing: constant inputs, gammas of 0."""
     if p.at_start:
         return
     constant = p.variance == 0
@@ -191,8 +194,8 @@ def dead_channels(p: _Patient) -> Iterator[Diagnosis]:
     if constant.any():
         yield Diagnosis(
             p.name, "dead-channels", "warning" if bool((p.variance == 0).all()) else "note",
-            f"{int(constant.sum())} of {constant.size} channels have a variance of 0 or nearly: their input does not vary,"
-            " and eval divides what there is by sqrt(epsilon).",
+            f"{int(constant.sum())} of {constant.size} channels have a variance of 0 or nearly: their input does not"
+            " vary, and eval divides what there is by sqrt(epsilon).",
             "Look at the layer before (dead units, a pruned channel); nothing to do if it was pruned.",
         )  # fmt: skip
     if p.gamma is not None and bool((p.gamma != 0).any()):
@@ -206,7 +209,7 @@ def dead_channels(p: _Patient) -> Iterator[Diagnosis]:
             )  # fmt: skip
 
 
-def beta_as_gamma(p: _Patient) -> Iterator[Diagnosis]:
+def _beta_as_gamma(p: _Patient) -> Iterator[Diagnosis]:
     """A gamma starts at 1 and seldom changes its sign; a beta starts at 0 and is about as often negative."""
     if p.gamma is None or p.beta is not None or p.gamma.size < _ENOUGH:
         return
@@ -220,14 +223,15 @@ def beta_as_gamma(p: _Patient) -> Iterator[Diagnosis]:
         )  # fmt: skip
 
 
-def counter_against_statistics(p: _Patient) -> Iterator[Diagnosis]:
+def _counter_against_statistics(p: _Patient) -> Iterator[Diagnosis]:
+    """A counter that contradicts the statistics beside it."""
     if p.counter is None:
         return
     if p.counter == 0 and not p.at_start:
         yield Diagnosis(
             p.name, "counter-inconsistent", "warning",
-            "the counter says that nothing entered the statistics, and they are not a new layer's: the counter was lost, or"
-            " the statistics came from elsewhere.",
+            "the counter says that nothing entered the statistics, and they are not a new layer's: the counter was"
+            " lost, or the statistics came from elsewhere.",
             "It matters to cumulative averages and zero-debias only; give the right count there.",
         )  # fmt: skip
     elif p.counter > 0 and p.at_start:
@@ -239,13 +243,13 @@ def counter_against_statistics(p: _Patient) -> Iterator[Diagnosis]:
 
 
 _RULES: Final = (
-    not_finite,
-    variance_below_zero,
-    half_underflow,
-    inverted_momentum,
-    dead_channels,
-    beta_as_gamma,
-    counter_against_statistics,
+    _not_finite,
+    _variance_below_zero,
+    _half_underflow,
+    _inverted_momentum,
+    _dead_channels,
+    _beta_as_gamma,
+    _counter_against_statistics,
 )
 
 
@@ -256,7 +260,7 @@ def _together(patients: Sequence[_Patient]) -> Iterator[Diagnosis]:
     if new and len(new) == len(tracking):
         yield Diagnosis(
             "", "never-trained", "error",
-            f"the moving statistics of all {len(new)} batch norms are a new layer's (0 and 1): never trained, or trained"
+            f"the moving statistics of all {len(new)} batch norms are a new layer's (0 and 1): never trained, trained"
             " without the update ops (TensorFlow 1's UPDATE_OPS), or lost when the checkpoint was made.",
             "Train, run the update ops, or recalibrate; a model that is meant to be new has no fault.",
         )  # fmt: skip
@@ -264,8 +268,8 @@ def _together(patients: Sequence[_Patient]) -> Iterator[Diagnosis]:
     for p in new:
         yield Diagnosis(
             p.name, "statistics-at-start", "error",
-            f"its moving statistics are a new layer's (0 and 1), and {len(tracking) - len(new)} others' are not: it was"
-            " never called in training, its updates did not run, or its statistics were lost.",
+            f"its moving statistics are a new layer's (0 and 1), unlike those of {len(tracking) - len(new)} other batch"
+            " norms: it was never called in training, its updates did not run, or its statistics were lost.",
             "See that it is reached and not frozen in training; recalibrate its statistics.",
         )  # fmt: skip
     counters = {p.name: p.counter for p in tracking if p.counter is not None and not p.at_start}
@@ -274,7 +278,7 @@ def _together(patients: Sequence[_Patient]) -> Iterator[Diagnosis]:
         if count is not None and 0 < count < most:
             yield Diagnosis(
                 name, "statistics-behind", "warning",
-                f"{count} updates entered its statistics, and {most} the others': it was frozen, skipped, or added later.",
+                f"{count} updates entered its statistics, up to {most} others': it was frozen, skipped or added later.",
                 "Nothing, if it was frozen on purpose; else recalibrate its statistics.",
             )  # fmt: skip
 
@@ -295,7 +299,7 @@ def _absent(checkpoint: Checkpoint, found: set[str]) -> Iterator[Diagnosis]:
             if parameters and not any(plain == name.split("/", 1)[-1] or plain == name for name in found):
                 yield Diagnosis(
                     owner, "statistics-missing", "error",
-                    f"it has {', '.join(sorted(parameters))} and no moving statistics: they were not saved (only trainable"
-                    " variables were, or one of two collections).",
+                    f"it has {', '.join(sorted(parameters))} and no moving statistics: they were not saved, as where only"
+                    " trainable variables are, or one of two collections.",
                     "Save the whole state: state_dict, global variables, batch_stats; or recalibrate after loading.",
                 )  # fmt: skip

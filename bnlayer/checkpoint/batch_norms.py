@@ -11,7 +11,7 @@ import numpy as np
 from ..dialects import DIALECTS
 from ..errors import BatchNormError, CheckpointError
 from ..spec import FLOAT_DTYPES, BatchNormSpec, Renorm
-from ..state import BatchNormState, array_names
+from ..state import BatchNormState, array_names, needs_counter
 from . import naming
 from .checkpoint import Checkpoint, Layer, NDArray
 from .naming import Candidate, Unclear
@@ -20,6 +20,7 @@ Origin = Literal["file", "assumed", "given"]
 ASSUMABLE: Final = ("kind", "epsilon", "decay", "axis", "moving_variance_estimator")
 _ROLES: Final = ("gamma", "beta", "moving_mean", "moving_variance", "num_updates", "hidden_mean", "hidden_variance",
                  "renorm_mean", "renorm_stddev", "moving_stddev")  # fmt: skip
+_COUNTING: Final = ("torch", "haiku")  # whose layers have a counter
 _RENORM: Final = ("renorm_mean", "renorm_stddev", "moving_stddev")
 # What the names cannot tell of the input's rank: a batch norm is mostly one of images.
 _RANK: Final = 4
@@ -197,7 +198,10 @@ def _stored(
         if value is not None and sources[name] != "file":
             fields[name], sources[name] = value, "given"
     spec = spec.replace(**fields)
-    missing = tuple(role for role in (*array_names(spec), "num_updates") if role not in parts)
+    wanted = [*array_names(spec)]
+    if base in _COUNTING or needs_counter(spec):
+        wanted.append("num_updates")
+    missing = tuple(role for role in wanted if role not in parts)
     owner = _owner(checkpoint, parts, features)
     return StoredBatchNorm(checkpoint, candidate.name, owner, features, dict(parts), missing, spec, sources)
 

@@ -75,9 +75,8 @@ def _item(path: Path, key: str | None) -> Path:
 
 def _size(folder: Path) -> int:
     """Bytes of all files; a link could lead out of the folder, so there must be none."""
-    total = count = 0
-    for found in folder.rglob("*"):
-        count += 1
+    total = 0
+    for count, found in enumerate(folder.rglob("*")):
         if found.is_symlink() or count > _MOST_FILES:
             raise CheckpointError(f"{folder}: {found.name}: it is a link, or there are too many files.")
         total += found.stat().st_size if found.is_file() else 0
