@@ -118,7 +118,7 @@ def find(
     known = {one.name for one in found}
     order = {name: i for i, name in enumerate(checkpoint.tensors)}
     found.sort(key=lambda one: min(order[name] for name in one.parts.values()))
-    return Found(found, [one for one in unclear if one.name not in known])
+    return Found(found, [one for one in unclear if one.name not in known and not taken & set(one.tensors)])
 
 
 def _checked(names: Mapping[str, str]) -> Mapping[str, str]:

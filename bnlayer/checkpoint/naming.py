@@ -39,10 +39,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Unclear:
-    """What looks like a batch norm and cannot be read as one without being told more."""
+    """What looks like a batch norm and cannot be read as one without being told more; and its tensors."""
 
     name: str
     reason: str
+    tensors: tuple[str, ...] = ()
 
 
 Rule = Callable[[Collection[str]], Iterator[Candidate | Unclear]]
@@ -123,6 +124,7 @@ def keras_numbered(names: Collection[str]) -> Iterator[Candidate | Unclear]:
                 owner,
                 f"it has {len(tensors)} variables, numbered and not named: of 3, gamma or beta is missing, and nothing"
                 " says which. Read the .keras file, or give --names.",
+                tuple(tensors),
             )
             continue
         yield Candidate(owner, "keras", dict(zip(present, tensors, strict=True)), fields=_extra(present))
