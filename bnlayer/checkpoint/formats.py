@@ -124,6 +124,8 @@ def detected(path: Path) -> Format:
             return entry
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if head.startswith(b"PK\x03\x04") and not detect.members(path, head):
+        raise CheckpointError(f"{path}: it is a zip archive that is damaged or cut off: its directory cannot be read.")
     begins = f"begins with {head[:16]!r}" if head else "is empty" if path.is_file() else "is a folder of something else"
     raise CheckpointError(f"{path}: it {begins}; expected {', '.join(entry.about for entry in FORMATS.values())}.")
 

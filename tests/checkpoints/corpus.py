@@ -347,7 +347,7 @@ def equinox(folder: Path) -> None:
         path = folder / f"{mode}.eqx"
         eqx.tree_serialise_leaves(path, (model, state))
         loaded = eqx.tree_deserialise_leaves(path, (model, state))
-        leaves = [leaf for leaf in jax.tree.leaves(loaded) if not callable(leaf)]
+        leaves = [leaf for leaf in jax.tree.leaves(loaded) if not isinstance(leaf, str)]
         note(path, {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}, format="equinox", ordered=True)
 
 
