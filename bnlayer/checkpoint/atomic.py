@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +19,9 @@ def replacing(path: Path, *, force: bool) -> Iterator[Path]:
     """A new path beside `path` to write to; when the block ends well, it takes `path`'s place.
 
     The new file (or every file of a new folder) is flushed to the disk before it is renamed, and the folder that holds
-    the name after. Killed at any moment, `path` is the old one or the new one; at worst a file `.NAME.*.writing` stays
-    beside it. A folder that is replaced (`force`) is first moved aside, as no system renames over a folder that holds
-    something: killed between the two moves, the old one lies at `.NAME.*.replaced`, whole.
+    the name after. Killed at any moment, `path` is the old one or the new one; at worst a folder `.NAME.*.writing` stays
+    beside it. Where a folder is replaced (`force`), Linux exchanges the two in one step. Elsewhere the old one is moved
+    into `.NAME.*.writing` first: killed right then, it lies there, whole.
 
     Raises:
         CheckpointError: `path` is there and `force` is False, or is a folder where a file is written or the reverse.
@@ -36,26 +38,33 @@ def replacing(path: Path, *, force: bool) -> Iterator[Path]:
             raise CheckpointError(f"{path}: a {_kind(path)} is there, and a {_kind(new)} would take its place.")
         for file in [new, *new.rglob("*")] if new.is_dir() else [new]:
             _flush(file)
-        if new.is_dir() and path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
-            path.rename(old / path.name)
-            try:
-                new.rename(path)
-            except OSError:
-                (old / path.name).rename(path)
-                raise
-            finally:
-                if path.exists():
-                    shutil.rmtree(old)
+        if path.exists():
+            shutil.copymode(path, new)
         else:
-            if path.exists():
-                shutil.copymode(path, new)
-            else:
-                new.chmod((0o777 if new.is_dir() else 0o666) & ~_umask())
+            new.chmod((0o777 if new.is_dir() else 0o666) & ~_umask())
+        if new.is_dir() and path.exists():
+            _exchange(new, path)
+        else:
             new.replace(path)
         _flush(path.parent)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put the folder `new` in the place of `path`, and `path` in its own."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
+        if hasattr(libc, "renameat2") and libc.renameat2(here, bytes(new), here, bytes(path), exchange) == 0:
+            return  # where the file system cannot, the two moves below can
+    old = new.with_name(f"{path.name}.replaced")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
 
 
 def _flush(path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from ..errors import CheckpointError
 
 DEEPEST: Final = 64
-MOST: Final = 1_000_000  # leaves; no model has so many, and shared containers could make any number
+MOST: Final = 1_000_000  # leaves; no model has so many
+MOST_SHARED: Final = (
+    1000  # places where one container may be; containers of shared ones could make any number of leaves
+)
 
 
 def flatten(
@@ -26,6 +30,7 @@ def flatten(
         CheckpointError: it is nested too deep, has too many leaves, or two leaves of one name.
     """
     seen: set[str] = set()
+    visits: Counter[int] = Counter()
     # A stack and not recursion: depth is the file's to choose.
     stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     while stack:
@@ -34,6 +39,9 @@ def flatten(
         if inside is not None:
             if len(path) >= DEEPEST:
                 raise CheckpointError(f"{place}: it is nested more than {DEEPEST} deep.")
+            visits[id(node)] += 1
+            if visits[id(node)] > MOST_SHARED:
+                raise CheckpointError(f"{place}: the same container is in it more than {MOST_SHARED} times.")
             stack += [((*path, str(key)), child) for key, child in reversed(list(inside.items()))]
             if len(stack) > MOST:
                 raise CheckpointError(f"{place}: it holds more than {MOST} things.")

@@ -89,8 +89,9 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         for name, tensor in checkpoint.tensors.items():
             if tensor.dtype.kind not in "biufc":
                 raise CheckpointError(f"{path}: {name} is {tensor.dtype.name}, which HDF5 cannot hold; convert it.")
+            array = np.asarray(checkpoint[name], order="C")
             try:
-                root.create_dataset(name, data=np.asarray(checkpoint[name], order="C"))
+                root.create_dataset(name, data=array)
             except (ValueError, OSError) as error:
                 raise CheckpointError(f"{path}: {name}: it cannot be a path in HDF5 ({error}).") from error
         for layer, text in names.items():

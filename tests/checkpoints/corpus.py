@@ -358,7 +358,9 @@ def onnx(folder: Path) -> None:
     from torch import nn
 
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3, momentum=0.2), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3, momentum=0.2), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+    )
     net(torch.randn(6, 3, 7, 7))
     torch.onnx.export(
         net.eval(), (torch.randn(1, 3, 7, 7),), folder / "model.onnx", dynamo=False,

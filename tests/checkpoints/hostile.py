@@ -279,7 +279,16 @@ def laughs() -> bytes:
     """A dict of a dict of ... each twice: 2**60 leaves in a few hundred bytes."""
     out = b"\x80\x02}q\x00X\x01\x00\x00\x00lK\x01s"
     for i in range(60):
-        out += b"}" + b"q" + bytes([i + 1]) + b"(X\x01\x00\x00\x00ah" + bytes([i]) + b"X\x01\x00\x00\x00bh" + bytes([i]) + b"u"
+        out += (
+            b"}"
+            + b"q"
+            + bytes([i + 1])
+            + b"(X\x01\x00\x00\x00ah"
+            + bytes([i])
+            + b"X\x01\x00\x00\x00bh"
+            + bytes([i])
+            + b"u"
+        )
     return out + b"."
 
 
