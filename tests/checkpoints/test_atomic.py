@@ -23,11 +23,11 @@ import numpy as np
 from bnlayer.checkpoint import Checkpoint, Tensor, save
 path, format = sys.argv[1:]
 big = {n: np.full(50_000, float(i), np.float32) for i, n in enumerate("abcd")}
-print("ready", flush=True)
-while True:
-    for value in (1.0, 2.0):
-        tensors = {n: Tensor.of(a * 0 + value) for n, a in big.items()}
-        save(Checkpoint("x", tensors, order_is_meaningful=True), path, format, force=True)
+for i in range(10**9):
+    tensors = {n: Tensor.of(a * 0 + i % 2) for n, a in big.items()}
+    save(Checkpoint("x", tensors, order_is_meaningful=True), path, format, force=True)
+    if i == 0:
+        print("ready", flush=True)
 """
 
 
@@ -49,8 +49,7 @@ def test_killed_at_random_moments(format: str, tmp_path: Path) -> None:
                 time.sleep(chosen.uniform(0.0, 0.02))
                 os.kill(writer.pid, signal.SIGSTOP)
                 kills += 1
-                if path.exists() or kills > 8:
-                    whole(path)
+                whole(path)
                 os.kill(writer.pid, signal.SIGCONT)
             writer.kill()
         whole(path)
@@ -60,7 +59,7 @@ def whole(path: Path) -> None:
     found = checkpoint.open(path)
     values = {float(v) for name in found for v in np.unique(found[name])}
     assert sorted(found) == ["a", "b", "c", "d"]
-    assert values in ({1.0}, {2.0})
+    assert values in ({0.0}, {1.0})
 
 
 def test_what_is_there_is_not_replaced_unless_told(tmp_path: Path) -> None:
