@@ -14,7 +14,8 @@ from .source import Source
 
 _MOST_MEMBERS: Final = 1_000_000
 _DAMAGE: Final = (
-    zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error, zlib.error, UnicodeError,
+    zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error, zlib.error,
+    OSError,  # a place before the beginning, to which no file can be set
 )  # fmt: skip
 # What is stored in so much less room than it declares is a bomb, where it is large enough to do harm.
 _SMALL: Final = 64 * 2**20
@@ -24,15 +25,15 @@ _RATIO: Final = 100
 @contextmanager
 def opened(source: Source) -> Iterator[zipfile.ZipFile]:
     """The archive, its damage told as a CheckpointError."""
-    try:
-        with source.open() as file, zipfile.ZipFile(file) as archive:
-            yield archive
-    except CheckpointError:
-        raise
-    except _DAMAGE as error:
-        raise CheckpointError(
-            f"{source.path}: the zip archive is damaged ({type(error).__name__}: {error})."
-        ) from error
+    with source.open() as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                yield archive
+        except CheckpointError:
+            raise
+        except _DAMAGE as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{source.path}: the zip archive is damaged ({cause}).") from error
 
 
 def members(archive: zipfile.ZipFile, source: Source, *, plain: bool) -> dict[str, zipfile.ZipInfo]:
