@@ -19,9 +19,9 @@ def replacing(path: Path, *, force: bool) -> Iterator[Path]:
     """A new path beside `path` to write to; when the block ends well, it takes `path`'s place.
 
     The new file (or every file of a new folder) is flushed to the disk before it is renamed, and the folder that holds
-    the name after. Killed at any moment, `path` is the old one or the new one; at worst a folder `.NAME.*.writing` stays
-    beside it. Where a folder is replaced (`force`), Linux exchanges the two in one step. Elsewhere the old one is moved
-    into `.NAME.*.writing` first: killed right then, it lies there, whole.
+    the name after. Killed at any moment, `path` is the old one or the new one; at worst a folder `.NAME.*.writing`
+    stays beside it. Where a folder is replaced (`force`), Linux exchanges the two in one step. Elsewhere the old one is
+    moved into `.NAME.*.writing` first: killed right then, it lies there, whole.
 
     Raises:
         CheckpointError: `path` is there and `force` is False, or is a folder where a file is written or the reverse.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,26 +14,9 @@ from bnlayer import checkpoint
 from bnlayer.checkpoint.batch_norms import find
 from bnlayer.state import numpy_dtype
 
-HERE = Path(__file__).parent
+from .conftest import entries
+
 FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "flax", "equinox", "haiku", "orbax", "safetensors")
-KINDS = ("torch", "keras", "tensorflow", "flax", "haiku", "equinox", "onnx")
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One kind's files: those made before (BNLAYER_CORPUS), or made now by the frameworks, in a process of their own."""
-    made = os.environ.get("BNLAYER_CORPUS")
-    if made:
-        return Path(made) / request.param
-    found = tmp_path_factory.mktemp("corpus") / request.param
-    subprocess.run([sys.executable, str(HERE / "corpus.py"), request.param, str(found)], check=True)
-    return found
-
-
-def entries(folder: Path) -> dict[str, dict[str, Any]]:
-    notes = sorted(folder.glob("*.json"))
-    found = {n.name.removesuffix(".json"): json.loads(n.read_text()) for n in notes}
-    return {name: entry for name, entry in found.items() if "tensors" in entry}
 
 
 def opened(folder: Path, name: str, entry: dict[str, Any]) -> checkpoint.Checkpoint:
