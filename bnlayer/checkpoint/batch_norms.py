@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from ..dialects import DIALECTS
-from ..errors import BatchNormError, CheckpointError
+from ..errors import BatchNormError, CheckpointError, DialectError, SpecError
 from ..spec import FLOAT_DTYPES, BatchNormSpec, Renorm
 from ..state import BatchNormState, array_names, needs_counter
 from . import naming
@@ -113,8 +113,13 @@ def find(
         if problem:
             unclear.append(Unclear(candidate.name, problem))
             continue
+        try:
+            stored = _stored(checkpoint, candidate, parts, dialect, given)
+        except (DialectError, SpecError) as error:
+            unclear.append(Unclear(candidate.name, f"its settings make no batch norm: {error}"))
+            continue
         taken |= set(parts.values())
-        found.append(_stored(checkpoint, candidate, parts, dialect, given))
+        found.append(stored)
     known = {one.name for one in found}
     order = {name: i for i, name in enumerate(checkpoint.tensors)}
     found.sort(key=lambda one: min(order[name] for name in one.parts.values()))
