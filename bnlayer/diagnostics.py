@@ -125,7 +125,7 @@ def _not_finite(p: _Patient) -> Iterator[Diagnosis]:
         else:
             yield Diagnosis(
                 p.name, "not-finite", "error",
-                f"{bad} of {array.size} values of {name} are NaN or infinite; they never heal, as every average keeps them.",
+                f"{bad} of {array.size} values of {name} are NaN or infinite; an average keeps them for good.",
                 "Go back to a checkpoint from before, or recalibrate the statistics; train with nonfinite='keep'.",
             )  # fmt: skip
 
@@ -144,7 +144,8 @@ def _variance_below_zero(p: _Patient) -> Iterator[Diagnosis]:
     else:
         yield Diagnosis(
             p.name, "negative-variance", "error",
-            f"{negative} of {p.variance.size} variances are negative, down to {p.variance.min():.3g}: eval gives NaN where"
+            f"{negative} of {p.variance.size} variances are negative, down to {p.variance.min():.3g}: eval"
+            " gives NaN where"
             " epsilon does not cover it.",
             "Find what wrote it (a shifted epsilon, E[x^2]-E[x]^2 in low precision); recalibrate the statistics.",
         )  # fmt: skip
@@ -159,7 +160,8 @@ def _half_underflow(p: _Patient) -> Iterator[Diagnosis]:
     if small:
         yield Diagnosis(
             p.name, "float16-underflow", "warning",
-            f"{small} of {p.variance.size} variances are below {_SMALLEST_NORMAL_HALF:.2g}, where float16 has few digits.",
+            f"{small} of {p.variance.size} variances are below {_SMALLEST_NORMAL_HALF:.2g}: float16 has few"
+            " digits there.",
             "Keep batch norm's statistics in float32, and save the checkpoint again.",
         )  # fmt: skip
     large = int((np.maximum(np.abs(p.mean), p.variance) == _LARGEST_HALF).sum())
@@ -177,7 +179,8 @@ def _inverted_momentum(p: _Patient) -> Iterator[Diagnosis]:
     if p.decay_is_told and decay != "cumulative" and decay < 0.5:
         yield Diagnosis(
             p.name, "momentum-inverted", "warning",
-            f"the old statistics weigh {decay:g} and the new batch {1 - decay:g}, so eval follows the last batch. Momentum"
+            f"the old statistics weigh {decay:g} and the new batch {1 - decay:g}, so eval follows the last"
+            " batch. Momentum"
             " is the weight of the old in Keras and JAX, and of the new in torch.",
             f"If that is not meant, set the decay to {1 - decay:g} (torch's momentum {decay:g}).",
         )  # fmt: skip
@@ -299,7 +302,7 @@ def _absent(checkpoint: Checkpoint, found: set[str]) -> Iterator[Diagnosis]:
             if parameters and not any(plain == name.split("/", 1)[-1] or plain == name for name in found):
                 yield Diagnosis(
                     owner, "statistics-missing", "error",
-                    f"it has {', '.join(sorted(parameters))} and no moving statistics: they were not saved, as where only"
-                    " trainable variables are, or one of two collections.",
+                    f"it has {', '.join(sorted(parameters))} and no moving statistics: they were not saved, as where"
+                    " only trainable variables are, or one of two collections.",
                     "Save the whole state: state_dict, global variables, batch_stats; or recalibrate after loading.",
                 )  # fmt: skip

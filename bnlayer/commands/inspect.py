@@ -126,7 +126,8 @@ def _show(document: Mapping[str, Any]) -> None:
     if batch_norms:
         rows: list[tuple[str, ...]] = [_row(one) for one in batch_norms]
         same = {row[3:] for row in rows}
-        note = f"{len(batch_norms)} batch norm{'s' if len(batch_norms) > 1 else ''}, {sum(one['num_features'] for one in batch_norms)} channels."
+        channels = sum(one["num_features"] for one in batch_norms)
+        note = f"{len(batch_norms)} batch norm{'s' if len(batch_norms) > 1 else ''}, {channels} channels."
         if any("?" in cell for row in rows for cell in row):
             note += " A value with ? is not in the file: it is the framework's default, assumed."
         if len(rows) > 2 * _SHOWN:

