@@ -57,5 +57,10 @@ def save(checkpoint: Checkpoint, path: str | Path, format: str | None = None, *,
     """
     path = Path(path)
     module = named(path, format).load()
+    if not checkpoint:
+        raise CheckpointError(f"{path}: there is no tensor in the checkpoint that would be written there.")
+    if hasattr(module, "save"):
+        module.save(checkpoint, path, force=force)
+        return
     with replacing(path, force=force) as new:
         module.write(checkpoint, new)

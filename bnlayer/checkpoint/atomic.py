@@ -51,6 +51,40 @@ def replacing(path: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(room, ignore_errors=True)
 
 
+@contextmanager
+def replacing_files(last: Path, *, force: bool) -> Iterator[Path]:
+    """A new folder to write several files into, `last` among them; when the block ends well, they move beside it.
+
+    `last` moves after the others, and is what makes them a checkpoint: their names must be new ones, so that the older
+    files, which the older `last` tells of, stay whole until then.
+
+    Raises:
+        CheckpointError: `last` is there and `force` is False, or is a folder.
+        OSError: as the disk says; what was there is as it was.
+    """
+    if last.exists() and not force:
+        raise CheckpointError(f"{last}: it is there already; give force=True (--force) to replace it.")
+    if last.is_dir():
+        raise CheckpointError(f"{last}: a folder is there, and a file would take its place.")
+    room = Path(tempfile.mkdtemp(prefix=f".{last.name}.", suffix=".writing", dir=last.parent))
+    placed: list[Path] = []
+    try:
+        yield room
+        for file in sorted(room.iterdir(), key=lambda file: file.name == last.name):
+            file.chmod(0o666 & ~_umask())
+            _flush(file)
+            if file.name == last.name:
+                _flush(last.parent)
+            placed.append(file.replace(last.with_name(file.name)))
+    except BaseException:
+        for file in placed:
+            file.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+    _flush(last.parent)
+
+
 def _exchange(new: Path, path: Path) -> None:
     """Put the folder `new` in the place of `path`, and `path` in its own."""
     if sys.platform == "linux":

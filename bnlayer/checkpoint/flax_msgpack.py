@@ -5,6 +5,8 @@ Arrays above a gigabyte lie in chunks; bfloat16 is there by name.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +20,15 @@ from .checkpoint import Checkpoint, NDArray, Tensor
 from .flatten import flatten
 from .formats import Options
 from .source import Source
+from .writing import NUMBERS, nested, refuse_unfit
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 _CHUNKED: Final = "__msgpack_chunked_array__"
 _CHUNK: Final = 2**30  # bytes; above it an array is cut
-_EXTRA: Final = {name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
+_EXTRA: Final[dict[str, np.dtype[Any]]] = {
+    name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+}
+_DTYPES: Final = NUMBERS | set(_EXTRA.values())
 
 
 def read(path: Path, options: Options) -> Checkpoint:
@@ -48,12 +54,12 @@ def read(path: Path, options: Options) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for name, leaf in flatten(tree, place, separator="/", children=_children):
-        if isinstance(leaf, dict):
+        if isinstance(leaf, dict) and leaf:
             tensors[name] = Tensor.of(_joined(leaf, f"{place}: {name}"))
-        elif isinstance(leaf, (np.ndarray, np.generic)):
+        elif isinstance(leaf, (np.ndarray, np.generic, complex)):
             tensors[name] = Tensor.of(np.asarray(leaf))
         else:
-            values[name] = leaf if isinstance(leaf, (bool, int, float, str)) else None
+            values[name] = leaf if isinstance(leaf, (bool, int, float, str, Mapping)) else None
     return Checkpoint(
         # jax.tree.map sorts the keys of a dict, and most programs apply one before they save.
         "flax", tensors, order_is_meaningful=not _is_sorted(tree), path=path,
@@ -62,20 +68,42 @@ def read(path: Path, options: Options) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write nested maps by the slashes in the names; `FormatModule.write`."""
+    """Write nested maps by the slashes in the names; `FormatModule.write`.
+
+    What a Flax file holds beside arrays, such as a step or the empty state of an optimizer, is written back.
+    """
+    values = dict(checkpoint.metadata.get("values", {})) if checkpoint.format == "flax" else {}
+    problem = nested([*checkpoint.tensors, *values])
+    refuse_unfit(checkpoint, path, "Flax's msgpack", dtypes=_DTYPES, problem=problem, others=values)
     tree: dict[str, Any] = {}
-    for name in checkpoint.tensors:
+    for name in [*checkpoint.tensors, *values]:
         *folders, leaf = name.split("/")
         node = tree
         for folder in folders:
             node = node.setdefault(folder, {})
-            if not isinstance(node, dict):
-                raise CheckpointError(f"{path}: {name}: a tensor has the name of one of its folders.")
-        if leaf in node:
-            raise CheckpointError(f"{path}: {name}: a folder has the name of this tensor.")
-        node[leaf] = _packed(checkpoint[name])
+        node[leaf] = _Leaf(name)
+    packer = msgpack.Packer(strict_types=True, use_bin_type=True)
     with path.open("xb") as file:
-        file.write(msgpack.packb(tree, strict_types=True))
+        for piece in _pieces(tree, packer, checkpoint, values):
+            file.write(piece)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    name: str
+
+
+def _pieces(node: Any, packer: Any, checkpoint: Checkpoint, values: Mapping[str, Any]) -> Iterator[bytes]:
+    """The message, one tensor at a time."""
+    if isinstance(node, dict):
+        yield packer.pack_map_header(len(node))
+        for key, child in node.items():
+            yield packer.pack(key)
+            yield from _pieces(child, packer, checkpoint, values)
+    elif node.name in checkpoint.tensors:
+        yield packer.pack(_packed(checkpoint[node.name]))
+    else:
+        yield packer.pack(values[node.name])
 
 
 def _unpack(data: bytes, place: str, extension: Any = None) -> Any:
@@ -128,7 +156,7 @@ def _joined(node: dict[Any, Any], place: str) -> NDArray:
 def _children(node: Any) -> dict[Any, Any] | None:
     if not isinstance(node, dict):
         return dict(enumerate(node)) if isinstance(node, (list, tuple)) else None
-    return None if _CHUNKED in node else node
+    return None if _CHUNKED in node or not node else node  # an empty one is a value: Flax asks for it back
 
 
 def _is_sorted(tree: Any) -> bool:

@@ -34,7 +34,11 @@ class Options:
 
 
 class FormatModule(Protocol):
-    """What a format's module has. `write` is there in formats that can be written."""
+    """What a format's module has; `write` in formats that can be written.
+
+    One whose checkpoint is several files side by side has `save(checkpoint, path, *, force)` too, and sees to it that
+    they are replaced whole or not at all.
+    """
 
     def read(self, path: Path, options: Options) -> Checkpoint:
         """Read names, dtypes and shapes; tensors when they are asked for.
@@ -97,7 +101,7 @@ _ALL = (
     Format("npz", "an npz file", "npz", detect.npz, suffixes=(".npz",), writes=True),
     Format("keras.h5", "Keras weights in HDF5", "keras_h5", detect.hdf5, suffixes=(".weights.h5", ".h5"), writes=True),
     Format("savedmodel", "a TensorFlow SavedModel", "saved_model", detect.saved_model),
-    Format("orbax", "an Orbax checkpoint", "orbax", detect.orbax),
+    Format("orbax", "an Orbax checkpoint", "orbax", detect.orbax, suffixes=(".orbax",), writes=True),
     Format("tensorflow", "a TensorFlow checkpoint", "tensorflow_bundle", detect.tensorflow_index,
            suffixes=(".index", ".ckpt"), writes=True),
     Format("equinox", "an Equinox file", "equinox", detect.numpy_stream, suffixes=(".eqx",)),

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, Final
 
 import h5py
+import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
@@ -22,6 +23,9 @@ from .source import Source
 _DEEPEST: Final = 64
 _MOST: Final = 1_000_000
 _LONGEST_ATTRIBUTE: Final = 2**26  # bytes; a model's config is one
+_LONGEST_WRITTEN: Final = 60_000  # HDF5 has room for 64 kB in an attribute
+_BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
+_OPAQUE: Final = np.dtype("V2")
 _DAMAGE: Final = (
     OSError,
     RuntimeError,
@@ -95,8 +99,8 @@ def tensor(dataset: Any, path: str, source: Source, reopen: Any) -> Tensor | Non
     """
     if dataset.external or dataset.is_virtual:
         source.refuse(path, "its data lies in other files")
-    dtype = dataset.dtype
-    if dtype.hasobject or dtype.fields is not None or dtype.kind not in "biufc":
+    dtype = _BFLOAT16 if is_bfloat16(dataset, source) else dataset.dtype
+    if dtype.hasobject or dtype.fields is not None or (dtype.kind not in "biufc" and dtype != _BFLOAT16):
         return None
     declared = prod(dataset.shape or ()) * dtype.itemsize
     stored = dataset.id.get_storage_size()
@@ -109,11 +113,29 @@ def tensor(dataset: Any, path: str, source: Source, reopen: Any) -> Tensor | Non
     def load() -> NDArray:
         with reopen() as root:
             found = _reached(root, path, source)
-            if found.shape != shape or found.dtype != dtype:
+            if found.shape != shape or found.dtype.itemsize != dtype.itemsize:
                 source.refuse(path, "it changed while the file was being read")
+            if dtype == _BFLOAT16:
+                return np.asarray(found[()], _OPAQUE).reshape(shape).view(_BFLOAT16)
             return np.asarray(found[()], dtype.newbyteorder("=")).reshape(shape)
 
     return Tensor(dtype.newbyteorder("="), shape, load)
+
+
+def is_bfloat16(dataset: Any, source: Source) -> bool:
+    """Whether it is Keras's bfloat16, which HDF5 lacks: opaque values of two bytes, and the name in an attribute."""
+    return dataset.dtype == _OPAQUE and text_attribute(dataset, "dtype", source) == "bfloat16"
+
+
+def write_tensor(root: Any, path: str, array: NDArray) -> None:
+    """A dataset at a path whose groups are made as needed; bfloat16 as Keras stores it.
+
+    Raises:
+        ValueError, OSError: HDF5 cannot hold it there.
+    """
+    dataset = root.create_dataset(path, data=np.asarray(array, order="C"))
+    if array.dtype == _BFLOAT16:
+        dataset.attrs["dtype"] = "bfloat16"
 
 
 def text_attribute(node: Any, name: str, source: Source) -> str | None:
@@ -137,6 +159,16 @@ def list_attribute(node: Any, name: str, source: Source) -> list[str] | None:
         pieces += list_attribute(node, f"{name}{index}", source) or []
         index += 1
     return pieces if index else None
+
+
+def write_list(node: Any, name: str, texts: list[str]) -> None:
+    """A list of texts as an attribute; one too long for HDF5 in pieces, as `list_attribute` reads it."""
+    data = np.array([text.encode() for text in texts], "S") if texts else np.zeros(0)
+    if data.nbytes <= _LONGEST_WRITTEN:
+        node.attrs[name] = data
+        return
+    for index, piece in enumerate(np.array_split(data, -(-data.nbytes // _LONGEST_WRITTEN))):
+        node.attrs[f"{name}{index}"] = piece
 
 
 def _attribute(node: Any, name: str, source: Source) -> Any:

@@ -21,6 +21,7 @@ from .formats import Options
 from .npy import read_data, read_header
 from .source import Source
 from .strict import strict_json
+from .writing import NUMBERS, plain, refuse_unfit
 
 # What numpy's format cannot name, with the unsigned integers of the same size.
 _BITS: Final[dict[str, tuple[np.dtype[Any], np.dtype[Any]]]] = {
@@ -60,19 +61,22 @@ def read(path: Path, options: Options) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write every tensor; `FormatModule.write`."""
-    bits: dict[np.dtype[Any], np.dtype[Any]] = dict(_BITS.values())
-    names: dict[str, str] = {}
+    """Write every tensor, and the texts of a checkpoint that was an npz; `FormatModule.write`."""
+    named = {name: t.dtype.name for name, t in checkpoint.tensors.items() if t.dtype.name in _BITS}
+    texts = dict(checkpoint.metadata) if checkpoint.format == "npz" else {}
+    if named:
+        texts[_DTYPES] = json.dumps(named)
+
+    def problem(name: str) -> str | None:
+        return "is that of one of the file's texts" if name in texts else plain(name)
+
+    refuse_unfit(checkpoint, path, "an npz", dtypes=NUMBERS | dict(_BITS.values()).keys(), problem=problem)
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, tensor in checkpoint.tensors.items():
+        for name in checkpoint.tensors:
             array = checkpoint[name]
-            if tensor.dtype in bits:
-                names[name], array = tensor.dtype.name, array.view(bits[tensor.dtype])
-            elif tensor.dtype.kind not in "biufc":
-                raise CheckpointError(f"{path}: {name} is {tensor.dtype.name}, which an npz cannot hold; convert it.")
-            _add(archive, name, array)
-        if names:
-            _add(archive, _DTYPES, np.array(json.dumps(names)))
+            _add(archive, name, array.view(_BITS[named[name]][1]) if name in named else array)
+        for name, text in texts.items():
+            _add(archive, name, np.array(text))
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: NDArray) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from onnx import numpy_helper
 
 from ..errors import CheckpointError
@@ -43,7 +43,7 @@ def read(path: Path, options: Options) -> Checkpoint:
         )
     ]
     versions = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
-    metadata = {"producer": model.producer_name, "opset": versions, "source": str(path)}
+    metadata = {"producer": model.producer_name, "opset": versions}
     return Checkpoint("onnx", tensors, order_is_meaningful=True, path=path, metadata=metadata, layers=tuple(layers))
 
 
@@ -52,23 +52,28 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 
     The graph comes from that file: a checkpoint holds tensors, not programs.
     """
-    origin = checkpoint.metadata.get("source")
-    if checkpoint.format != "onnx" or not isinstance(origin, str):
+    if checkpoint.format != "onnx" or checkpoint.path is None:
         raise CheckpointError(
             f"{path}: an ONNX file needs a graph; open the model's own ONNX file, replace() its tensors, and save that."
         )
-    model = _load(Path(origin))
+    model = _load(checkpoint.path)
+    left = dict(checkpoint.tensors)
     for graph in _graphs(model.graph):
         for initializer in graph.initializer:
-            array = checkpoint[initializer.name]
-            stored = numpy_helper.to_array(initializer)
-            if array.shape != stored.shape or array.dtype != stored.dtype:
-                raise CheckpointError(
-                    f"{path}: {initializer.name} is {stored.dtype} {stored.shape} in the graph; got {array.dtype}"
-                    f" {array.shape}."
-                )
-            initializer.CopyFrom(numpy_helper.from_array(array, initializer.name))
-    path.write_bytes(model.SerializeToString())
+            name, stored = initializer.name, _tensor(initializer, checkpoint.path)
+            new = left.pop(name, None)
+            if new is None or (new.dtype, new.shape) != (stored.dtype, stored.shape):
+                came = "nothing" if new is None else f"{new.dtype} {new.shape}"
+                raise CheckpointError(f"{path}: {name} is {stored.dtype} {stored.shape} in the graph; got {came}.")
+            about = initializer.doc_string
+            initializer.CopyFrom(numpy_helper.from_array(checkpoint[name], name))
+            initializer.doc_string = about
+    if left:
+        raise CheckpointError(f"{path}: the graph has no initializers {', '.join(left)}.")
+    try:
+        path.write_bytes(model.SerializeToString())
+    except (EncodeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the model does not fit in an ONNX file ({error}).") from error
 
 
 def _load(path: Path) -> Any:

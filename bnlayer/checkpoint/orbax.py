@@ -5,11 +5,13 @@ The folder of a CheckpointManager has such folders as `STEP/ITEM/`. Read with te
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 import tensorstore
 
@@ -19,8 +21,11 @@ from .checkpoint import Checkpoint, NDArray, Tensor
 from .formats import Options
 from .source import Source
 from .strict import strict_json
+from .writing import NUMBERS, nested, refuse_unfit
 
 _METADATA: Final = "_METADATA"
+_DICT_KEY: Final = 2  # orbax's KeyType.DICT
+_DTYPES: Final = NUMBERS | {np.dtype(ml_dtypes.bfloat16)}
 _LONGEST: Final = 2**28
 _MOST_FILES: Final = 1_000_000
 # What the tree notes beside arrays: an empty container, a text, nothing.
@@ -46,6 +51,67 @@ def read(path: Path, options: Options) -> Checkpoint:
     if values:
         metadata["no_arrays"] = values
     return Checkpoint("orbax", tensors, order_is_meaningful=False, path=path, metadata=metadata)
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a folder with the tree by the slashes in the names; `FormatModule.write`.
+
+    Orbax restores it without a template (`PyTreeCheckpointer().restore(path)` gives numpy arrays) and with one.
+    """
+    stored: dict[str, list[str]] = {}
+    for name in checkpoint.tensors:
+        stored.setdefault(".".join(name.split("/")), []).append(name)
+    inside = nested(checkpoint)
+
+    def problem(name: str) -> str | None:
+        same = [other for other in stored[".".join(name.split("/"))] if other != name]
+        return inside(name) or (f"is stored where {same[0]!r} is" if same else None)
+
+    refuse_unfit(checkpoint, path, "Orbax", dtypes=_DTYPES, problem=problem)
+    path.mkdir()
+    tree: dict[str, Any] = {}
+    for name, tensor in checkpoint.tensors.items():
+        keys = name.split("/")
+        _store(path, ".".join(keys), checkpoint[name])
+        tree[str(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in keys],
+            # Of a jax.Array it would ask for devices, where it is restored without a template.
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": tensor.shape},
+        }
+    document = {
+        "tree_metadata": tree,
+        "use_ocdbt": True,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (path / _METADATA).write_text(json.dumps(document), encoding="utf-8")
+    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    (path / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": handler, "custom_metadata": {}}))
+
+
+def _store(folder: Path, stored: str, array: NDArray) -> None:
+    """One array into the folder's store, in one chunk."""
+    spec = {
+        "driver": "zarr",
+        "kvstore": _in_store(folder, stored),
+        "dtype": array.dtype.name,
+        "metadata": {
+            "shape": array.shape,
+            "chunks": [max(1, n) for n in array.shape],
+            "compressor": {"id": "zstd", "level": 1},
+        },
+        "store_data_equal_to_fill_value": True,  # an array of zeros is stored like any other
+    }
+    try:
+        tensorstore.open(spec, create=True).result().write(array).result()
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {stored}: it cannot be stored ({error}).") from error
+
+
+def _in_store(folder: Path, stored: str) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{folder.resolve()}/"}
+    return {"driver": "ocdbt", "base": base, "path": f"{stored}/"}
 
 
 def _item(path: Path, key: str | None) -> Path:
@@ -110,11 +176,7 @@ def _tensor(folder: Path, stored: str, name: str, settings: Mapping[str, Any], s
         raise CheckpointError(f"{place}: it cannot be the name of an array.")
     spec: dict[str, Any] = {"driver": "zarr3" if settings.get("use_zarr3") else "zarr"}
     if settings.get("use_ocdbt", (folder / "manifest.ocdbt").exists()):
-        spec["kvstore"] = {
-            "driver": "ocdbt",
-            "base": {"driver": "file", "path": f"{folder.resolve()}/"},
-            "path": f"{stored}/",
-        }
+        spec["kvstore"] = _in_store(folder, stored)
     else:
         spec["kvstore"] = {"driver": "file", "path": f"{folder.resolve() / stored}/"}
 

@@ -16,10 +16,11 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
-from .checkpoint import Checkpoint, NDArray, Tensor
+from .checkpoint import Checkpoint, Tensor
 from .formats import Options
 from .source import Source
 from .strict import strict_json
+from .writing import bytes_of, refuse_unfit
 
 _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -32,6 +33,7 @@ _DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "C64": np.dtype(np.complex64),
 }
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+_METADATA: Final = "__metadata__"
 _LONGEST_HEADER: Final = 100_000_000  # bytes; the format's own limit
 
 
@@ -44,9 +46,9 @@ def read(path: Path, options: Options) -> Checkpoint:
     header = strict_json(source.read(8, length, "header"), f"{path}: header")
     if not isinstance(header, dict):
         source.refuse("header", "it is not a JSON object")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        source.refuse("__metadata__", "it must be an object of texts")
+        source.refuse(_METADATA, "it must be an object of texts")
     placed = sorted(_entries(header, source), key=lambda entry: entry[3:])
     end = 0
     for name, _, _, begin, stop in placed:
@@ -63,14 +65,12 @@ def read(path: Path, options: Options) -> Checkpoint:
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write every tensor; `FormatModule.write`. Wider dtypes first, then by name, as the format's own library."""
-    for name, tensor in checkpoint.tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype.name}, which safetensors cannot hold; convert it.")
+    refuse_unfit(checkpoint, path, "safetensors", dtypes=_NAMES, problem=_reserved)
     order = sorted(checkpoint.tensors, key=lambda name: (-checkpoint.tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {}
-    texts = {key: value for key, value in checkpoint.metadata.items() if isinstance(value, str)}
-    if texts:
-        header["__metadata__"] = texts
+    metadata = _metadata(checkpoint)
+    if metadata:
+        header[_METADATA] = metadata
     end = 0
     for name in order:
         tensor = checkpoint.tensors[name]
@@ -82,10 +82,25 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         end += tensor.nbytes
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that the data is aligned
+    if len(encoded) > _LONGEST_HEADER:
+        raise CheckpointError(
+            f"{path}: the names need {len(encoded)} bytes; the format has room for {_LONGEST_HEADER}."
+        )
     with path.open("xb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
-            file.write(np.ascontiguousarray(checkpoint[name]).tobytes())
+            file.write(bytes_of(checkpoint[name]))
+
+
+def _reserved(name: str) -> str | None:
+    return "is where the format keeps its metadata" if name == _METADATA else None
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the file itself said; of a torch model "pt", without which some libraries refuse to read the file."""
+    if checkpoint.format.startswith("safetensors"):
+        return {key: value for key, value in checkpoint.metadata.items() if isinstance(value, str)}
+    return {"format": "pt"} if checkpoint.format.startswith("torch") else {}
 
 
 def _entries(
@@ -108,8 +123,4 @@ def _entries(
 
 
 def _lazy(source: Source, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Tensor:
-    def load() -> NDArray:
-        data = source.read(offset, prod(shape) * dtype.itemsize, name)
-        return np.frombuffer(data, dtype).reshape(shape).copy()
-
-    return Tensor(dtype, shape, load)
+    return Tensor(dtype, shape, lambda: source.array(offset, dtype, shape, name))

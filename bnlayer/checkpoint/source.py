@@ -6,10 +6,16 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path, PurePosixPath
-from typing import IO, NoReturn, Protocol
+from typing import IO, Any, Final, NoReturn, Protocol
+
+import numpy as np
 
 from ..errors import CheckpointError
+
+NDArray = np.ndarray[Any, np.dtype[Any]]
+_PIECE: Final = 2**20  # bytes read at a time, so that a large array is in memory once
 
 
 class Source:
@@ -49,6 +55,22 @@ class Source:
         if len(data) != length:
             self.refuse(place, f"{length} bytes were expected, and {len(data)} could be read")
         return data
+
+    def array(self, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...], place: str) -> NDArray:
+        """The array that lies at `offset` in C order and native byte order; no second copy of it is made.
+
+        Raises:
+            CheckpointError: it is not all there.
+        """
+        length = prod(shape) * dtype.itemsize
+        if offset < 0 or offset + length > self.size:
+            self.refuse(place, f"bytes {offset} to {offset + length} are asked for, and the file has {self.size}")
+        array = np.empty(shape, dtype)
+        with self.open() as file:
+            file.seek(offset)
+            if fill(file, array.reshape(-1).view(np.uint8).data) != length:
+                self.refuse(place, f"{length} bytes were expected, and fewer could be read")
+        return array
 
     def head(self, length: int) -> bytes:
         """Up to `length` bytes from the beginning."""
@@ -109,6 +131,18 @@ class Bounded:
     def readline(self) -> bytes:
         """Up to the end of the line."""
         return self._stream.readline(max(0, self._end - self._stream.tell()))
+
+
+def fill(stream: IO[bytes], buffer: memoryview | bytearray) -> int:
+    """Read into a buffer piece by piece; how many bytes there were."""
+    view, at = memoryview(buffer), 0
+    while at < len(view):
+        data = stream.read(min(_PIECE, len(view) - at))
+        if not data:
+            break
+        view[at : at + len(data)] = data
+        at += len(data)
+    return at
 
 
 def sibling(path: Path, name: str, place: str) -> Path:

@@ -7,6 +7,7 @@ object graph knows a variable's full name, `metadata["full_names"]` has it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,11 +19,14 @@ import numpy as np
 
 from ..errors import CheckpointError
 from . import leveldb, protobuf
+from .atomic import replacing, replacing_files
 from .checkpoint import Checkpoint, NDArray, Tensor
 from .crc32c import crc32c, masked
 from .formats import Options
 from .protobuf import BYTES, FIXED32, VARINT
 from .source import Source
+from .tensorflow_objects import full_names, object_graph
+from .writing import bytes_of, plain, refuse_unfit
 
 # tensorflow/core/framework/types.proto
 _DTYPES: Final[Mapping[int, np.dtype[Any]]] = {
@@ -87,27 +91,79 @@ def read_bundle(prefix: Path, format: str) -> Checkpoint:
     return Checkpoint(format, tensors, order_is_meaningful=False, path=prefix, metadata=metadata)
 
 
+def save(checkpoint: Checkpoint, path: Path, *, force: bool) -> None:
+    """Write by a prefix, as TensorFlow names a checkpoint, or into a folder; whole or not at all.
+
+    A path with `.ckpt` in its name, or that ends in `.index`, is a prefix: `net.ckpt` becomes `net.ckpt.index` and
+    `net.ckpt.data-...` in the same folder. Any other becomes a folder with `model.ckpt.*` and the file `checkpoint`, by
+    which `tf.train.latest_checkpoint` finds it.
+
+    Raises:
+        CheckpointError: something there already and not `force`, or the format cannot hold a tensor.
+        OSError: as the disk says; what was there is as it was.
+    """
+    if ".ckpt" not in path.name and path.suffix != ".index":
+        with replacing(path, force=force) as new:
+            write(checkpoint, new)
+        return
+    prefix = path.with_name(path.name.removesuffix(".index"))
+    pattern = re.compile(re.escape(prefix.name) + r"\.data-\d{5}-of-(\d{5})")
+    old = [(p, match[1]) for p in prefix.parent.iterdir() if (match := pattern.fullmatch(p.name))]
+    # The index says how many data files there are, and their names say so too: with another count than the old ones
+    # they do not touch those, and the new index, one file, is what replaces them.
+    count = next(n for n in range(1, len(old) + 2) if f"{n:05d}" not in {was for _, was in old})
+    with replacing_files(prefix.with_name(f"{prefix.name}.index"), force=force) as room:
+        _write(checkpoint, room / prefix.name, count, path)
+    for file, _ in old:
+        file.unlink(missing_ok=True)
+
+
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a name-based checkpoint into the folder `path`, by the folder's own name; `FormatModule.write`."""
+    """Write into the folder `path`; `FormatModule.write`."""
     path.mkdir()
-    header = protobuf.encode([(1, VARINT, 1), (3, BYTES, protobuf.encode([(1, VARINT, 1)]))])
+    _write(checkpoint, path / "model.ckpt", 1, path)
+    (path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n')
+
+
+def _write(checkpoint: Checkpoint, prefix: Path, count: int, place: Path) -> None:
+    """`PREFIX.index` and `count` data files, of which the first has everything."""
+    refuse_unfit(checkpoint, place, "a TensorFlow checkpoint", dtypes=_NUMBERS, problem=_problem)
+    header = protobuf.encode([(1, VARINT, count), (3, BYTES, protobuf.encode([(1, VARINT, 1)]))])
     entries, offset = [(b"", header)], 0
-    data = path / "model.ckpt.data-00000-of-00001"
-    with data.open("xb") as file:
-        for name in sorted(checkpoint.tensors, key=str.encode):
-            tensor = checkpoint.tensors[name]
-            if tensor.dtype not in _NUMBERS:
-                raise CheckpointError(f"{path}: {name} is {tensor.dtype.name}, which TensorFlow lacks; convert it.")
-            raw = np.ascontiguousarray(checkpoint[name]).tobytes()
+    graph = object_graph(checkpoint.tensors, checkpoint.metadata.get("full_names", {}))
+    with _shard(prefix, 0, count).open("xb") as file:
+        for name in sorted([*checkpoint.tensors, *([_GRAPH] if graph else [])], key=str.encode):
+            shape: tuple[int, ...] = ()
+            if name == _GRAPH:
+                dtype, (raw, crc) = _STRING, _string(graph)
+            else:
+                dtype, shape = _NUMBERS[checkpoint.tensors[name].dtype], checkpoint.tensors[name].shape
+                raw = bytes_of(checkpoint[name])
+                crc = crc32c(raw)
             file.write(raw)
-            shape = protobuf.encode((2, BYTES, protobuf.encode([(1, VARINT, n)])) for n in tensor.shape)
-            crc = masked(crc32c(raw))
-            fields = [(1, VARINT, _NUMBERS[tensor.dtype]), (2, BYTES, shape), (4, VARINT, offset),
-                      (5, VARINT, len(raw)), (6, FIXED32, crc)]  # fmt: skip
+            sizes = protobuf.encode((2, BYTES, protobuf.encode([(1, VARINT, n)])) for n in shape)
+            fields = [(1, VARINT, dtype), (2, BYTES, sizes), (4, VARINT, offset), (5, VARINT, len(raw)),
+                      (6, FIXED32, masked(crc))]  # fmt: skip
             entries.append((name.encode(), protobuf.encode(fields)))
             offset += len(raw)
-    (path / "model.ckpt.index").write_bytes(leveldb.write(entries))
-    (path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n')
+    for empty in range(1, count):
+        _shard(prefix, empty, count).touch()
+    prefix.with_name(f"{prefix.name}.index").write_bytes(leveldb.write(entries))
+
+
+def _problem(name: str) -> str | None:
+    return "is that of the graph of objects" if name == _GRAPH else plain(name)
+
+
+def _string(data: bytes) -> tuple[memoryview, int]:
+    """A text as a tensor's bytes: its length, the length's checksum, the text; and the checksum of it all."""
+    length = len(data).to_bytes(4, "little")
+    check = masked(crc32c(length)).to_bytes(4, "little")
+    return memoryview(protobuf.encode_varint(len(data)) + check + data), crc32c(length + check + data)
+
+
+def _shard(prefix: Path, number: int, count: int) -> Path:
+    return prefix.with_name(f"{prefix.name}.data-{number:05d}-of-{count:05d}")
 
 
 def _prefix(path: Path) -> Path:
@@ -132,7 +188,7 @@ def _shards(prefix: Path, header: bytes, source: Source) -> list[Source]:
         source.refuse("header", "it is big-endian; only little-endian files are read")
     if not 1 <= count <= 100_000:
         source.refuse("header", f"it says that there are {count} data files")
-    paths = [prefix.with_name(f"{prefix.name}.data-{k:05d}-of-{count:05d}") for k in range(count)]
+    paths = [_shard(prefix, k, count) for k in range(count)]
     missing = next((p for p in paths if not p.is_file()), None)
     if missing is not None:
         source.refuse("header", f"the data file {missing.name} is not beside it")
@@ -192,16 +248,15 @@ def _lazy(source: Source, name: str, entry: Entry) -> Tensor:
     dtype = _DTYPES[entry.dtype]
 
     def load() -> NDArray:
-        data = source.read(entry.offset, entry.size, name)
-        if len(data) <= _CHECKED and masked(crc32c(data)) != entry.crc:
+        array = source.array(entry.offset, dtype, entry.shape, name)
+        if array.nbytes <= _CHECKED and masked(crc32c(bytes_of(array))) != entry.crc:
             source.refuse(name, "its checksum is wrong: the data was damaged")
-        return np.frombuffer(data, dtype).reshape(entry.shape).copy()
+        return array
 
     return Tensor(dtype, entry.shape, load)
 
 
 def _full_names(entry: Entry, shards: list[Source], place: str) -> dict[str, str]:
-    """Checkpoint key to variable name, of TrackableObjectGraph (trackable_object_graph.proto)."""
     if entry.dtype != _STRING or entry.shape != () or entry.size > _LARGEST_GRAPH:
         raise CheckpointError(f"{place}: the object graph is no text, or too long.")
     data = shards[entry.shard].read(entry.offset, entry.size, _GRAPH)
@@ -209,13 +264,4 @@ def _full_names(entry: Entry, shards: list[Source], place: str) -> dict[str, str
     at += 4  # the checksum of the lengths
     if at + length != len(data):
         raise CheckpointError(f"{place}: the object graph's length is wrong.")
-    names: dict[str, str] = {}
-    for number, node in protobuf.fields(data[at:], place):
-        if number != 1:
-            continue
-        for part, attribute in protobuf.fields(protobuf.message(node, place), place):
-            if part == 2:
-                found = {n: v for n, v in protobuf.fields(protobuf.message(attribute, place), place) if n in (2, 3)}
-                if 2 in found and 3 in found:
-                    names[protobuf.text(found[3], place)] = protobuf.text(found[2], place)
-    return names
+    return full_names(data[at:], place)

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
+from typing import Final
 
 from ..errors import CheckpointError
 from .archive import members, opened
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, NDArray
 from .formats import Options
 from .pickles import Reader
-from .source import Source
+from .source import Source, fill
 from .torch_objects import DTYPES, STORAGES, checkpoint_of
+from .writing import any_name, bytes_of, refuse_unfit
 
 _ALIGNMENT: Final = 64  # of a storage in the file, as torch writes it, so that it can be mapped
+_LOCAL_HEADER, _ZIP64_FIELD = 30, 20  # bytes before a member's name; of the field that a large member has
+_TORCH: Final = {dtype: name for name, dtype in DTYPES.items()}
+_KINDS: Final = {name: kind for kind, name in STORAGES.items() if kind != "UntypedStorage"}
 
 
 def read(path: Path, options: Options) -> Checkpoint:
@@ -44,74 +47,75 @@ def read(path: Path, options: Options) -> Checkpoint:
         member = inside.get(f"{folder}data/{key}")
         return None if member is None else member.file_size
 
-    def storage(key: str, length: int, place: str) -> bytes:
+    def storage(key: str, length: int, place: str) -> bytearray:
+        data = bytearray(length)
         with opened(source) as archive, archive.open(inside[f"{folder}data/{key}"]) as stream:
-            data = stream.read(length)
-        if len(data) != length:
-            raise CheckpointError(f"{place}: {length} bytes were expected, and {len(data)} could be read.")
+            found = fill(stream, data)
+        if found != length:
+            raise CheckpointError(f"{place}: {length} bytes were expected, and {found} could be read.")
         return data
 
     return checkpoint_of(root, path, "torch", options, sizes, storage)
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a state_dict, an OrderedDict of tensors in the checkpoint's order; `FormatModule.write`."""
-    name = path.name.partition(".")[0] or "archive"
-    kinds = {DTYPES[dtype]: storage for storage, dtype in STORAGES.items() if storage != "UntypedStorage"}
-    for tensor, stored in checkpoint.tensors.items():
-        if stored.dtype not in kinds:
-            raise CheckpointError(f"{path}: {tensor} is {stored.dtype.name}, which has no torch storage; convert it.")
+    """Write a state_dict, an OrderedDict of tensors in the checkpoint's order; `FormatModule.write`.
+
+    Each tensor has a storage of its own, dense, in the order of axes that it has in memory.
+    """
+    refuse_unfit(checkpoint, path, "torch", dtypes=_TORCH, problem=any_name)
+    pickle = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
-        _add(archive, f"{name}/data.pkl", _pickled(checkpoint, kinds))
-        _add(archive, f"{name}/byteorder", b"little")
-        for key, tensor in enumerate(checkpoint.tensors):
-            _add(archive, f"{name}/data/{key}", np.ascontiguousarray(_dense(checkpoint[tensor])).tobytes())
-        _add(archive, f"{name}/version", b"3\n")
+        for key, name in enumerate(checkpoint.tensors):
+            array = checkpoint[name]
+            pickle += _text(name) + _pickled(array, key)
+            _add(archive, f"data/{key}", bytes_of(array.transpose(_by_stride(array))))
+        # Last, because a tensor's strides are known once it has been read.
+        _add(archive, "data.pkl", bytes(pickle + b"u."))
+        _add(archive, "byteorder", b"little")
+        _add(archive, "version", b"3\n")
 
 
-def _dense(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The array's elements in the order in which they lie in memory."""
-    order = np.argsort([-stride for stride in array.strides], kind="stable")
-    return array.transpose(order)
+def _by_stride(array: NDArray) -> list[int]:
+    """The axes, the one with the longest stride first: the order in which the elements lie in memory."""
+    return sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
 
 
-def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+def _add(archive: zipfile.ZipFile, member: str, data: bytes | memoryview) -> None:
     """Add a member whose data begins at a multiple of the alignment: padding goes into the extra field."""
-    info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    info = zipfile.ZipInfo(f"archive/{member}", (1980, 1, 1, 0, 0, 0))
+    info.file_size = len(data)  # so that a member of gigabytes gets a header for one
     assert archive.fp is not None
-    begins = archive.fp.tell() + 30 + len(name.encode()) + 4
+    begins = archive.fp.tell() + _LOCAL_HEADER + len(info.filename) + 4
+    if len(data) * 1.05 > zipfile.ZIP64_LIMIT:
+        begins += _ZIP64_FIELD
     padding = -begins % _ALIGNMENT
     info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # the tag that torch itself uses for padding
-    archive.writestr(info, data)
+    with archive.open(info, "w") as stream:
+        stream.write(data)
 
 
-def _pickled(checkpoint: Checkpoint, kinds: dict[np.dtype[Any], str]) -> bytes:
-    """The pickle of protocol 2 that torch.save would write for these tensors, opcode by opcode."""
-    out = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
-    for key, (name, tensor) in enumerate(checkpoint.tensors.items()):
-        size = int(np.prod(tensor.shape, dtype=object))
-        out += _text(name)
-        out += b"ctorch._utils\n_rebuild_tensor_v2\n((" + _text("storage")
-        out += f"ctorch\n{kinds[tensor.dtype]}\n".encode() + _text(str(key)) + _text("cpu") + _int(size) + b"tQ"
-        out += _int(0) + _ints(tensor.shape) + _ints(_strides(checkpoint, name)) + b"\x89"
-        out += b"ccollections\nOrderedDict\n)RtR"
-    return bytes(out + b"u.")
-
-
-def _strides(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """Strides in elements of the tensor laid out densely in its own order of axes."""
-    tensor = checkpoint.tensors[name]
-    array = checkpoint[name] if len(tensor.shape) > 1 else None
-    axes = range(len(tensor.shape)) if array is None else np.argsort([-s for s in array.strides], kind="stable")
-    strides, step = [0] * len(tensor.shape), 1
-    for axis in reversed([int(a) for a in axes]):
+def _pickled(array: NDArray, key: int) -> bytes:
+    """A tensor over the storage `key`, opcode by opcode of protocol 2, as torch.save writes it."""
+    dtype = _TORCH[array.dtype]
+    strides, step = [0] * array.ndim, 1
+    for axis in reversed(_by_stride(array)):
         strides[axis] = step
-        step *= max(1, tensor.shape[axis])
-    return tuple(strides)
+        step *= max(1, array.shape[axis])
+    storage = _KINDS.get(dtype)
+    rebuild, kind, length = (
+        # Newer dtypes have no storage of their own; theirs is one of bytes, and the dtype comes after.
+        (b"_rebuild_tensor_v3", b"ctorch.storage\nUntypedStorage\n", array.nbytes)
+        if storage is None
+        else (b"_rebuild_tensor_v2", f"ctorch\n{storage}\n".encode(), array.size)
+    )
+    out = b"ctorch._utils\n" + rebuild + b"\n((" + _text("storage") + kind + _text(str(key)) + _text("cpu")
+    out += _int(length) + b"tQ" + _int(0) + _ints(array.shape) + _ints(strides) + b"\x89ccollections\nOrderedDict\n)R"
+    return out + (f"ctorch\n{dtype}\n".encode() if storage is None else b"") + b"tR"
 
 
 def _text(text: str) -> bytes:
-    data = text.encode("utf-8", "surrogatepass")
+    data = text.encode()
     return b"X" + struct.pack("<I", len(data)) + data
 
 
@@ -122,5 +126,5 @@ def _int(number: int) -> bytes:
     return b"\x8a" + bytes([len(data)]) + data
 
 
-def _ints(numbers: tuple[int, ...]) -> bytes:
+def _ints(numbers: Sequence[int]) -> bytes:
     return b"(" + b"".join(map(_int, numbers)) + b"t"

@@ -56,16 +56,18 @@ class StoredTensor:
             return self.offset
         return self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
 
-    def view(self, data: bytes) -> NDArray:
-        """The tensor over its storage's bytes; with the stored strides, in memory of its own."""
+    def view(self, data: bytes | bytearray) -> NDArray:
+        """The tensor over its storage's bytes; with the stored strides, in memory of its own, or in that of `data`."""
         flat = np.frombuffer(data, self.dtype)[self.offset :]
         size = self.dtype.itemsize
         view = np.lib.stride_tricks.as_strided(flat, self.shape, tuple(s * size for s in self.stride))
-        return view.copy(order="K")
+        whole = isinstance(data, bytearray) and view.nbytes == len(data)
+        whole = whole and (view.flags.c_contiguous or view.flags.f_contiguous)
+        return view if whole else view.copy(order="K")
 
 
 # Reads a storage's bytes: its key, how many, and the tensor's name for the error.
-Storage = Callable[[str, int, str], bytes]
+Storage = Callable[[str, int, str], bytes | bytearray]
 
 
 def checkpoint_of(
