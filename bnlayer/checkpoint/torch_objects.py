@@ -58,9 +58,11 @@ class StoredTensor:
 
     def view(self, data: bytes | bytearray) -> NDArray:
         """The tensor over its storage's bytes; with the stored strides, in memory of its own, or in that of `data`."""
-        flat = np.frombuffer(data, self.dtype)[self.offset :]
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
         size = self.dtype.itemsize
-        view = np.lib.stride_tricks.as_strided(flat, self.shape, tuple(s * size for s in self.stride))
+        strides = tuple(s * size for s in self.stride)
+        view: NDArray = np.ndarray(self.shape, self.dtype, data, self.offset * size, strides)
         whole = isinstance(data, bytearray) and view.nbytes == len(data)
         whole = whole and (view.flags.c_contiguous or view.flags.f_contiguous)
         return view if whole else view.copy(order="K")
