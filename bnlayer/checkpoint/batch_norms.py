@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ from ..dialects import DIALECTS
 from ..errors import BatchNormError, CheckpointError, DialectError, SpecError
 from ..spec import FLOAT_DTYPES, BatchNormSpec, Renorm
 from ..state import BatchNormState, array_names, needs_counter
-from . import naming
+from . import equinox_state, naming
 from .checkpoint import Checkpoint, Layer, NDArray
 from .naming import Candidate, Unclear
 
@@ -22,6 +22,11 @@ _ROLES: Final = ("gamma", "beta", "moving_mean", "moving_variance", "num_updates
                  "renorm_mean", "renorm_stddev", "moving_stddev")  # fmt: skip
 _COUNTING: Final = ("torch", "haiku")  # whose layers have a counter
 _RENORM: Final = ("renorm_mean", "renorm_stddev", "moving_stddev")
+# Arguments that a dialect has no default for, or none that is a batch norm.
+_USUAL: Final[Mapping[str, Mapping[str, Any]]] = {
+    "haiku": {"decay_rate": 0.9, "create_scale": True, "create_offset": True},
+    "equinox": {"mode": "batch"},
+}
 # What the names cannot tell of the input's rank: a batch norm is mostly one of images.
 _RANK: Final = 4
 
@@ -34,11 +39,13 @@ class StoredBatchNorm:
         name: the layer's, in the file's words.
         owner: the convolution or dense layer that it belongs to, where the order tells; or None.
         num_features: its channels.
-        parts: attribute of `BatchNormState` to the name of its tensor.
+        parts: attribute of `BatchNormState` to the name of the tensor that it is, or that it follows from
+            (`convention`).
         missing: what the file lacks of the state that its spec has.
         spec: what it is.
         sources: for each of "kind", "epsilon", "decay", "axis", "moving_variance_estimator": whether the file has it,
             the caller gave it, or it was assumed: to be the framework's default, or to be a batch norm at all ("kind").
+        convention: how the tensors make the state: "" as they are, or one of Equinox's two modes (`equinox_state`).
     """
 
     checkpoint: Checkpoint
@@ -49,18 +56,27 @@ class StoredBatchNorm:
     missing: tuple[str, ...]
     spec: BatchNormSpec
     sources: Mapping[str, Origin]
+    convention: str = ""
 
     def state(self) -> BatchNormState[NDArray]:
         """Its state, read now. What the file lacks is None.
 
         Raises:
-            CheckpointError: a tensor cannot be read.
+            CheckpointError: a tensor cannot be read, or the counter is none.
         """
         arrays: dict[str, Any] = {
             role: self.checkpoint[name].reshape(-1) for role, name in self.parts.items() if role != "num_updates"
         }
-        counter = self.parts.get("num_updates")
-        return BatchNormState(**arrays, num_updates=None if counter is None else _count(self.checkpoint, counter))
+        name = self.parts.get("num_updates")
+        counter = None if name is None else _count(self.checkpoint, name)
+        if self.convention == "equinox.batch":
+            assert counter is not None and isinstance(self.spec.decay, float)  # its rule asks for one, zero_debias too
+            hidden = arrays["hidden_mean"], arrays["hidden_variance"]
+            arrays.update(equinox_state.from_batch_mode(*hidden, counter, self.spec.decay))
+        elif self.convention == "equinox.ema":
+            first_time = bool(counter)
+            arrays, counter = equinox_state.from_ema_mode(arrays, first_time), 0 if first_time else None
+        return BatchNormState(**arrays, num_updates=counter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +125,7 @@ def find(
         parts = {role: view.get(name, name) for role, name in candidate.parts.items()}
         if taken & set(parts.values()) and not candidate.settings:
             continue  # a surer rule has had it; layers that the file itself lists may share tensors
-        problem = _problem(checkpoint, parts)
+        problem = _problem(checkpoint, parts, "b" if candidate.convention == "equinox.ema" else "iuf")
         if problem:
             unclear.append(Unclear(candidate.name, problem))
             continue
@@ -141,22 +157,25 @@ def _is_batch_norm(layer: Layer) -> bool:
     return last in ("BatchNormalization", "BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 
 
-def _from_layer(layer: Layer) -> Candidate:
+def _from_layer(layer: Layer) -> Candidate | Unclear:
     """A layer that the format itself calls a batch norm, with its arguments as stored."""
     dialect = str(layer.settings.get("dialect", "keras"))
     settings = {key: value for key, value in layer.settings.items() if key != "dialect"}
+    if dialect == "equinox":
+        (named,) = naming.equinox(layer.tensors.values())
+        return named if isinstance(named, Unclear) else replace(named, settings=settings)
     return Candidate(layer.name, dialect, dict(layer.tensors), settings=settings)
 
 
-def _problem(checkpoint: Checkpoint, parts: Mapping[str, str]) -> str:
-    """Why these tensors are no batch norm, or ""."""
+def _problem(checkpoint: Checkpoint, parts: Mapping[str, str], counts: str) -> str:
+    """Why these tensors are no batch norm, or "". `counts`: numpy's letters for the dtypes of its counter."""
     sizes = {}
     for role, name in parts.items():
         tensor = checkpoint.tensors.get(name)
         if tensor is None:
             return f"the file says that it has {name!r}, and does not hold it"
         if role == "num_updates":
-            if tensor.dtype.kind not in "iuf" or tensor.nbytes > 8 * max(tensor.shape, default=1):
+            if tensor.dtype.kind not in counts or tensor.nbytes > 8 * max(tensor.shape, default=1):
                 return f"{name} is {tensor.dtype.name} {tensor.shape}, and a count was expected"
             continue
         if tensor.dtype.name not in FLOAT_DTYPES:
@@ -187,7 +206,7 @@ def _stored(
         "stats_dtype": tensors["moving_variance"].dtype.name,
         **candidate.fields,
     }
-    if all(role in parts for role in _RENORM):
+    if any(role in parts for role in _RENORM):
         fields["renorm"] = Renorm()
     base = dialect or candidate.dialect or "keras"
     spec = _assumed(base, features)
@@ -198,7 +217,8 @@ def _stored(
         for name in ("epsilon", "decay", "axis", "moving_variance_estimator"):
             fields[name] = getattr(told, name)
             sources[name] = "file"
-        fields.setdefault("renorm", told.renorm)
+        if told.renorm is not None:
+            fields["renorm"] = told.renorm
     for name, value in given.items():
         if value is not None and sources[name] != "file":
             fields[name], sources[name] = value, "given"
@@ -208,7 +228,9 @@ def _stored(
         wanted.append("num_updates")
     missing = tuple(role for role in wanted if role not in parts)
     owner = _owner(checkpoint, parts, features)
-    return StoredBatchNorm(checkpoint, candidate.name, owner, features, dict(parts), missing, spec, sources)
+    return StoredBatchNorm(
+        checkpoint, candidate.name, owner, features, dict(parts), missing, spec, sources, candidate.convention
+    )
 
 
 def _argued(candidate: Candidate, features: int) -> dict[str, Any]:
@@ -217,14 +239,13 @@ def _argued(candidate: Candidate, features: int) -> dict[str, Any]:
     arguments = {key: value for key, value in candidate.settings.items() if key in known}
     if isinstance(arguments.get("axis"), list) and len(arguments["axis"]) == 1:
         arguments["axis"] = arguments["axis"][0]
-    return {"num_features": features, "rank": _RANK, **arguments}
+    return {"num_features": features, "rank": _RANK, **_USUAL.get(candidate.dialect, {}), **arguments}
 
 
 def _assumed(dialect: str, features: int) -> BatchNormSpec:
-    """The framework's default; for arguments that it has no default for, the usual values."""
-    usual = {"haiku": {"decay_rate": 0.9, "create_scale": True, "create_offset": True}}.get(dialect, {})
+    """The framework's default."""
     try:
-        return BatchNormSpec.from_dialect(dialect, num_features=features, rank=_RANK, **usual)
+        return BatchNormSpec.from_dialect(dialect, num_features=features, rank=_RANK, **_USUAL.get(dialect, {}))
     except BatchNormError as error:
         raise CheckpointError(f"the defaults of {dialect!r} cannot be assumed: {error}") from error
 
@@ -246,5 +267,8 @@ def _owner(checkpoint: Checkpoint, parts: Mapping[str, str], features: int) -> s
 def _count(checkpoint: Checkpoint, name: str) -> int:
     value = np.asarray(checkpoint[name]).reshape(-1)
     if value.size != 1 or not 0 <= float(value[0]) < 2**63 or float(value[0]) != int(value[0]):
-        raise CheckpointError(f"{checkpoint.path}: {name} must be a count; got {value[:3]}.")
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} must be a count; got {value[:3]}. (Haiku's is negative in an average's warmup,"
+            " which a batch norm has not.)"
+        )
     return int(value[0])

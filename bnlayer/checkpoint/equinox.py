@@ -39,7 +39,12 @@ def read(path: Path, options: Options) -> Checkpoint:
     names = _names(source, found, options.template)
     tensors = {name: _lazy(source, name, *entry) for name, entry in zip(names, found, strict=True)}
     return Checkpoint(
-        "equinox", tensors, order_is_meaningful=True, path=path, metadata={"named": options.template is not None}
+        "equinox",
+        tensors,
+        order_is_meaningful=True,
+        path=path,
+        metadata={"named": options.template is not None},
+        layers=() if options.template is None else options.template.layers,
     )
 
 

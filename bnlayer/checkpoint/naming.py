@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
+
+from ..spec import Renorm
 
 # Roles are the attributes of BatchNormState.
 STATISTICS: Final = ("moving_mean", "moving_variance")
@@ -26,6 +28,7 @@ class Candidate:
         settings: the dialect's arguments, where the file has them.
         fields: spec fields that the names themselves decide, such as zero_debias for Haiku.
         doubt: what else it could be; "" where the names leave none.
+        convention: "" where the tensors are the state's arrays; else what these follow from (`batch_norms`).
     """
 
     name: str
@@ -35,6 +38,7 @@ class Candidate:
     settings: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     doubt: str = ""
+    convention: Literal["", "equinox.batch", "equinox.ema"] = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,9 @@ def keras(names: Collection[str]) -> Iterator[Candidate | Unclear]:
         parts = {role: clean[leaves[leaf]] for leaf, role in {**_KERAS, **_OURS}.items() if leaf in leaves}
         slim = re.search(r"(^|/)BatchNorm(_\d+)?$", owner) is not None
         fields: dict[str, Any] = _extra(parts)
+        if "renorm_mean_weight" in leaves:  # TensorFlow 1's first renorm: averages still to be divided by a weight
+            parts = {role: name for role, name in parts.items() if role not in ("renorm_mean", "renorm_stddev")}
+            fields["renorm"] = Renorm()
         scoped = split(owner)[1] if owner else ""
         for scope in (owner, f"{owner}/{scoped}"):  # tf.contrib opens the layer's scope twice
             hidden, steps = (f"{scope}/moving_mean/{leaf}" for leaf in ("biased", "local_step"))
@@ -118,12 +125,12 @@ def keras_numbered(names: Collection[str]) -> Iterator[Candidate | Unclear]:
             found.setdefault(match[1], {})[int(match[2])] = name
     for owner, numbered in found.items():
         tensors = [numbered[i] for i in sorted(numbered)]
-        present = {2: _KERAS_ORDER[2:4], 4: _KERAS_ORDER[:4], 7: _KERAS_ORDER}.get(len(tensors))
+        present = {2: _KERAS_ORDER[2:4], 4: _KERAS_ORDER[:4], 5: _KERAS_ORDER[2:], 7: _KERAS_ORDER}.get(len(tensors))
         if sorted(numbered) != list(range(len(tensors))) or present is None:
             yield Unclear(
                 owner,
-                f"it has {len(tensors)} variables, numbered and not named: of 3, gamma or beta is missing, and nothing"
-                " says which. Read the .keras file, or give --names.",
+                f"it has {len(tensors)} variables, numbered and not named: of 3 or 6, gamma or beta is missing, and"
+                " nothing says which. Read the .keras file, or give --names.",
                 tuple(tensors),
             )
             continue
@@ -182,7 +189,29 @@ def haiku(names: Collection[str]) -> Iterator[Candidate | Unclear]:
         yield Candidate(before + owner, "haiku", parts, fields={"zero_debias": "all"})
 
 
-RULES: Final[tuple[Rule, ...]] = (torch, keras, keras_numbered, flax, nnx, haiku)
+def equinox(names: Collection[str]) -> Iterator[Candidate | Unclear]:
+    """What `bnlayer_jax.equinox_template` calls the leaves of Equinox's BatchNorm, in either of its modes."""
+    own = {"weight": "gamma", "bias": "beta"}
+    for mode, counter, mean, variance in (
+        ("batch", "batch_counter", "batch_hidden_mean", "batch_hidden_variance"),
+        ("ema", "ema_first_time", "ema_mean", "ema_variance"),
+    ):
+        for owner, leaves in _owners(names, variance):
+            if mean not in leaves or counter not in leaves:
+                yield Unclear(owner, f"it has a {variance}, and lacks {mean} or {counter}")
+                continue
+            parts = {role: leaves[leaf] for leaf, role in own.items() if leaf in leaves}
+            parts.update(moving_mean=leaves[mean], moving_variance=leaves[variance], num_updates=leaves[counter])
+            if mode == "batch":
+                parts.update(hidden_mean=leaves[mean], hidden_variance=leaves[variance])
+                yield Candidate(owner, "equinox", parts, fields={"zero_debias": "all"}, convention="equinox.batch")
+            else:
+                doubt = "mode='ema' normalizes with the moving average in training too: only its eval is a batch norm's"
+                fields = {"zero_debias": "none"}
+                yield Candidate(owner, "equinox", parts, fields=fields, doubt=doubt, convention="equinox.ema")
+
+
+RULES: Final[tuple[Rule, ...]] = (torch, keras, keras_numbered, flax, nnx, haiku, equinox)
 
 
 def given(names: Collection[str], words: Mapping[str, str]) -> Iterator[Candidate | Unclear]:
