@@ -73,16 +73,15 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     refuse_unfit(checkpoint, path, "an npz", dtypes=NUMBERS | dict(_BITS.values()).keys(), problem=problem)
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name in checkpoint.tensors:
-            array = checkpoint[name]
-            _add(archive, name, array.view(_BITS[named[name]][1]) if name in named else array)
+            _add(archive, name, checkpoint[name], _BITS[named[name]][1] if name in named else None)
         for name, text in texts.items():
             _add(archive, name, np.array(text))
 
 
-def _add(archive: zipfile.ZipFile, name: str, array: NDArray) -> None:
+def _add(archive: zipfile.ZipFile, name: str, array: NDArray, as_bits: np.dtype[Any] | None = None) -> None:
     info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
     with archive.open(info, "w", force_zip64=True) as stream:
-        np.lib.format.write_array(stream, array, allow_pickle=False)
+        np.lib.format.write_array(stream, array if as_bits is None else array.view(as_bits), allow_pickle=False)
 
 
 def _lazy(source: Source, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], named: str | None) -> Tensor:

@@ -65,7 +65,9 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 
     def problem(name: str) -> str | None:
         same = [other for other in stored[".".join(name.split("/"))] if other != name]
-        return inside(name) or (f"is stored where {same[0]!r} is" if same else None)
+        if same:
+            return f"is stored where {same[0]!r} is"
+        return "has a backslash in it" if "\\" in name else inside(name)
 
     refuse_unfit(checkpoint, path, "Orbax", dtypes=_DTYPES, problem=problem)
     path.mkdir()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import ml_dtypes
 import numpy as np
@@ -136,30 +136,35 @@ def _write(checkpoint: Checkpoint, prefix: Path, count: int, place: Path) -> Non
             shape: tuple[int, ...] = ()
             if name == _GRAPH:
                 dtype, (raw, crc) = _STRING, _string(graph)
+                length = file.write(raw)
             else:
                 dtype, shape = _NUMBERS[checkpoint.tensors[name].dtype], checkpoint.tensors[name].shape
-                raw = bytes_of(checkpoint[name])
-                crc = crc32c(raw)
-            file.write(raw)
+                length, crc = _append(file, checkpoint[name])
             sizes = protobuf.encode((2, BYTES, protobuf.encode([(1, VARINT, n)])) for n in shape)
-            fields = [(1, VARINT, dtype), (2, BYTES, sizes), (4, VARINT, offset), (5, VARINT, len(raw)),
+            fields = [(1, VARINT, dtype), (2, BYTES, sizes), (4, VARINT, offset), (5, VARINT, length),
                       (6, FIXED32, masked(crc))]  # fmt: skip
             entries.append((name.encode(), protobuf.encode(fields)))
-            offset += len(raw)
+            offset += length
     for empty in range(1, count):
         _shard(prefix, empty, count).touch()
     prefix.with_name(f"{prefix.name}.index").write_bytes(leveldb.write(entries))
+
+
+def _append(file: IO[bytes], array: NDArray) -> tuple[int, int]:
+    """Write an array; its length in bytes, and its checksum."""
+    raw = bytes_of(array)
+    return file.write(raw), crc32c(raw)
 
 
 def _problem(name: str) -> str | None:
     return "is that of the graph of objects" if name == _GRAPH else plain(name)
 
 
-def _string(data: bytes) -> tuple[memoryview, int]:
+def _string(data: bytes) -> tuple[bytes, int]:
     """A text as a tensor's bytes: its length, the length's checksum, the text; and the checksum of it all."""
     length = len(data).to_bytes(4, "little")
     check = masked(crc32c(length)).to_bytes(4, "little")
-    return memoryview(protobuf.encode_varint(len(data)) + check + data), crc32c(length + check + data)
+    return protobuf.encode_varint(len(data)) + check + data, crc32c(length + check + data)
 
 
 def _shard(prefix: Path, number: int, count: int) -> Path:

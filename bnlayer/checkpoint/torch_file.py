@@ -67,13 +67,17 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     pickle = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
     with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
         for key, name in enumerate(checkpoint.tensors):
-            array = checkpoint[name]
-            pickle += _text(name) + _pickled(array, key)
-            _add(archive, f"data/{key}", bytes_of(array.transpose(_by_stride(array))))
+            pickle += _text(name) + _add_storage(archive, key, checkpoint[name])
         # Last, because a tensor's strides are known once it has been read.
         _add(archive, "data.pkl", bytes(pickle + b"u."))
         _add(archive, "byteorder", b"little")
         _add(archive, "version", b"3\n")
+
+
+def _add_storage(archive: zipfile.ZipFile, key: int, array: NDArray) -> bytes:
+    """Add an array's elements as the storage `key`; what the pickle says of the tensor."""
+    _add(archive, f"data/{key}", bytes_of(array.transpose(_by_stride(array))))
+    return _pickled(array, key)
 
 
 def _by_stride(array: NDArray) -> list[int]:

@@ -328,19 +328,27 @@ def flax(folder: Path) -> None:
         return serialization.from_bytes(target, (folder / name).read_bytes())
 
     def leaves(tree: Any) -> dict[str, Any]:
-        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        return {
+            jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
 
     expected = outputs(trained)
     assert difference(outputs(fresh), expected)
     check("msgpack", lambda: outputs(from_bytes("new.msgpack", fresh)), expected)
     check("msgpack in chunks", lambda: outputs(from_bytes("chunked.msgpack", fresh)), expected)
     check("msgpack bfloat16", lambda: leaves(from_bytes("half_new.msgpack", fresh)), leaves(half))
-    check("msgpack of a TrainState", lambda: leaves(from_bytes("state_new.msgpack", state(fresh))), leaves(state(trained)))
+    check(
+        "msgpack of a TrainState", lambda: leaves(from_bytes("state_new.msgpack", state(fresh))), leaves(state(trained))
+    )
     for name in ("from_flax.orbax", "orbax_new"):
         place = folder.resolve() / name
         check(f"{name} PyTree", lambda place=place: outputs(ocp.PyTreeCheckpointer().restore(place)), expected)
         check(f"{name} Standard", lambda place=place: outputs(ocp.StandardCheckpointer().restore(place)), expected)
-        check(f"{name} into arrays", lambda place=place: outputs(ocp.StandardCheckpointer().restore(place, fresh)), expected)
+        check(
+            f"{name} into arrays",
+            lambda place=place: outputs(ocp.StandardCheckpointer().restore(place, fresh)),
+            expected,
+        )
     place = folder.resolve() / "half.orbax"
     check("orbax bfloat16", lambda: leaves(ocp.PyTreeCheckpointer().restore(place)), leaves(half))
 

@@ -198,7 +198,13 @@ def test_the_format_is_the_name_s_or_the_one_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("format", "library"),
-    [("keras.h5", "h5py"), ("flax", "msgpack"), ("orbax", "tensorstore"), ("onnx", "onnx"), ("onnx", "google.protobuf")],
+    [
+        ("keras.h5", "h5py"),
+        ("flax", "msgpack"),
+        ("orbax", "tensorstore"),
+        ("onnx", "onnx"),
+        ("onnx", "google.protobuf"),
+    ],
 )
 def test_a_missing_library_is_named_with_the_command(format: str, library: str) -> None:
     program = f"""
