@@ -87,11 +87,22 @@ class KerasBackend:
         spec = layer.spec
         MISSING.refuse(self.name, spec, request)
         layer.frozen_statistics = request.frozen_statistics
+
+        def forward(x: Any, weights: Any, adjustment: Any) -> Any:
+            return layer(
+                x,
+                training=request.training,
+                weights=weights,
+                update_stats=request.update_stats,
+                adjustment=adjustment,
+                renorm_clips=request.renorm_clips,
+            )
+
         given = {
             a.dtype.name for c in request.calls for a in (c.x, c.dy, c.weights, *(c.adjustment or ())) if a is not None
         }
         with runtime.current().precision(given | _dtypes(spec)):
-            calls, dgamma, dbeta = runtime.current().step(layer, request)
+            calls, dgamma, dbeta = runtime.current().step(layer, request, forward)
             _, state = self.extract(layer)
         return layer, Outcome(calls, state=state, dgamma=dgamma, dbeta=dbeta)
 

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, Final, Protocol
 
 from bnlayer.contract import CallOutcome, NDArray, Request, require
 from bnlayer.errors import BackendUnavailable
+
+Forward = Callable[[Any, Any, Any], Any]  # x, weights, adjustment -> y
 
 _MODULES: Final = {"tensorflow": "on_tensorflow", "jax": "on_jax", "torch": "on_torch"}
 
@@ -40,8 +43,16 @@ class Runtime(Protocol):
         """The device in Keras's words, such as "cpu:0"; refused if it is absent."""
         ...
 
-    def step(self, layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
-        """One step through the framework's own autodiff: the calls' outcomes, dgamma and dbeta."""
+    def step(
+        self, layer: Any, request: Request, forward: Forward
+    ) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
+        """One step through the framework's own autodiff: the calls' outcomes, dgamma and dbeta.
+
+        Args:
+            layer: a Keras layer whose variables are all its state, and whose parameters are `gamma` and `beta`.
+            request: what to run.
+            forward: calls the layer with x, the weights and the adjustment, as the framework's tensors.
+        """
         ...
 
 
