@@ -15,6 +15,7 @@ from bnlayer.state import BatchNormState
 
 from .function import batch_norm
 from .precision import refuse_missing_float64
+from .replicas import AxisName, replicas_of
 from .state import owned
 from .support import MISSING
 
@@ -38,16 +39,23 @@ class BatchNorm:
         spec: what the layer is; static.
         state: parameters and moving statistics, JAX arrays.
         frozen_statistics: True: the moving statistics normalize and stay as they are, in training too; static.
+        axis_name: the mapped axis over which the statistics of a synchronized layer are taken, or None; static.
     """
 
-    __slots__ = ("frozen_statistics", "spec", "state")
+    __slots__ = ("axis_name", "frozen_statistics", "spec", "state")
 
     spec: BatchNormSpec
     state: BatchNormState[jax.Array]
     frozen_statistics: bool
+    axis_name: AxisName | None
 
     def __init__(
-        self, spec: BatchNormSpec, state: BatchNormState[Any] | None = None, *, frozen_statistics: bool = False
+        self,
+        spec: BatchNormSpec,
+        state: BatchNormState[Any] | None = None,
+        *,
+        frozen_statistics: bool = False,
+        axis_name: AxisName | None = None,
     ) -> None:
         """A layer of this spec.
 
@@ -55,15 +63,18 @@ class BatchNorm:
             spec: what the layer is.
             state: numpy or JAX arrays, copied and checked (traced ones but for their values); None: the initial ones.
             frozen_statistics: see the attribute.
+            axis_name: see `bnlayer_jax.batch_norm`.
 
         Raises:
+            InputError: `axis_name` is given to a layer that is not synchronized.
             UnsupportedError: the spec asks for what this backend lacks, or for float64 without x64.
             StateError: the state does not fit the spec.
         """
         MISSING.refuse("jax", spec)
         refuse_missing_float64(spec, "")
+        replicas_of(axis_name, spec, synchronized=False)  # here too, where the mistake was made
         state = owned(BatchNormState.initial(spec) if state is None else state, spec)
-        _fill(self, spec, state, frozen_statistics)
+        _fill(self, (spec, frozen_statistics, axis_name), state)
 
     def __call__(
         self,
@@ -85,6 +96,7 @@ class BatchNorm:
             update_stats=update_stats,
             adjustment=adjustment,
             renorm_clips=renorm_clips,
+            axis_name=self.axis_name,
         )
         return y, self.replace(state=state)
 
@@ -110,37 +122,41 @@ class BatchNorm:
         self, *, state: BatchNormState[jax.Array] | None = None, frozen_statistics: bool | None = None
     ) -> BatchNorm:
         """This layer with another state, or frozen or not; the state is taken as it is, traced or not."""
-        return _assembled(
-            (self.spec, self.frozen_statistics if frozen_statistics is None else frozen_statistics),
-            (self.state if state is None else state,),
-        )
+        frozen = self.frozen_statistics if frozen_statistics is None else frozen_statistics
+        return _assembled((self.spec, frozen, self.axis_name), (self.state if state is None else state,))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _assembled, ((self.spec, self.frozen_statistics), (self.state,))
+        children, static = _parts(self)
+        return _assembled, (static, tuple(child for _, child in children))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a BatchNorm of bnlayer_jax is immutable; to change {name}, use what replace() returns.")
 
     def __repr__(self) -> str:
-        return f"BatchNorm({self.spec}, frozen_statistics={self.frozen_statistics})"
+        axis = "" if self.axis_name is None else f", axis_name={self.axis_name!r}"
+        return f"BatchNorm({self.spec}, frozen_statistics={self.frozen_statistics}{axis})"
 
 
-def _fill(layer: BatchNorm, spec: BatchNormSpec, state: Any, frozen_statistics: bool) -> None:
+Static = tuple[BatchNormSpec, bool, AxisName | None]
+
+
+def _fill(layer: BatchNorm, static: Static, state: Any) -> None:
     put = object.__setattr__
-    put(layer, "spec", spec)
+    for name, value in zip(("spec", "frozen_statistics", "axis_name"), static, strict=True):
+        put(layer, name, value)
     put(layer, "state", state)
-    put(layer, "frozen_statistics", frozen_statistics)
 
 
-def _assembled(static: tuple[BatchNormSpec, bool], children: Any) -> BatchNorm:
+def _assembled(static: Static, children: Any) -> BatchNorm:
     """A layer of these parts, unchecked: JAX rebuilds pytrees around placeholders too."""
     layer = object.__new__(BatchNorm)
-    _fill(layer, static[0], children[0], static[1])
+    _fill(layer, static, children[0])
     return layer
 
 
-def _parts(layer: BatchNorm) -> tuple[tuple[tuple[Any, Any]], tuple[BatchNormSpec, bool]]:
-    return ((jax.tree_util.GetAttrKey("state"), layer.state),), (layer.spec, layer.frozen_statistics)
+def _parts(layer: BatchNorm) -> tuple[tuple[tuple[Any, Any]], Static]:
+    static = layer.spec, layer.frozen_statistics, layer.axis_name
+    return ((jax.tree_util.GetAttrKey("state"), layer.state),), static
 
 
 jax.tree_util.register_pytree_with_keys(BatchNorm, _parts, _assembled)
