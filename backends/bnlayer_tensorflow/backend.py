@@ -6,7 +6,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bnlayer.contract import NDArray, Outcome, Request, require
-from bnlayer.errors import UnsupportedError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
@@ -36,9 +35,10 @@ class TensorFlowBackend:
         self, spec: BatchNormSpec, state: BatchNormState[NDArray] | None = None, *, device: Any = None
     ) -> BatchNorm:
         tf = _tensorflow()
+        from .devices import existing
         from .layer import BatchNorm
 
-        with tf.device(None if device is None else _existing(device)):
+        with tf.device(None if device is None else existing(device, self.name)):
             return BatchNorm(spec, state)
 
     def extract(self, layer: BatchNorm) -> tuple[BatchNormSpec, BatchNormState[NDArray]]:
@@ -59,33 +59,14 @@ class TensorFlowBackend:
             outcome = step_on_replicas(layer, state, request)
             return self.load(layer, outcome.state), outcome
         tf = _tensorflow()
-        from .step import run_step
+        from .step import run_layer
 
         with tf.device(layer.num_updates.device):
-            return layer, run_step(layer, request)
+            return layer, run_layer(layer, request)
 
 
 def _tensorflow() -> Any:
     return require("tensorflow", "tensorflow")
-
-
-def _existing(device: Any) -> str:
-    """TensorFlow's full name of a device.
-
-    Its soft placement would put variables elsewhere without a word, so what is not there is refused here.
-    """
-    tf = _tensorflow()
-    present = [d.name for d in tf.config.list_logical_devices()]
-    absent = f"backend 'tensorflow' has no device {device!r}; it has {', '.join(present)}."
-    try:
-        wanted = tf.DeviceSpec.from_string(str(device))
-    except ValueError as error:
-        raise UnsupportedError(absent) from error
-    for name in present:
-        found = tf.DeviceSpec.from_string(name)
-        if wanted.device_type == found.device_type and wanted.device_index in (None, found.device_index):
-            return str(name)
-    raise UnsupportedError(absent)
 
 
 BACKEND = TensorFlowBackend()

@@ -25,7 +25,7 @@ from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
 from .layer import BatchNorm
-from .step import run_step
+from .step import run_layer
 
 TIMEOUT = 120.0  # seconds for one step, starting TensorFlow included
 _LEAST = 4  # devices of the second process: enough for most requests, so that it is started once
@@ -79,7 +79,7 @@ def _run(job: _Job, kind: str) -> Outcome:
 
     def replica() -> None:  # each in a thread of its own
         place = int(tf.distribute.get_replica_context().replica_id_in_sync_group)
-        outcomes[place] = run_step(layer, requests[place])
+        outcomes[place] = run_layer(layer, requests[place])
 
     strategy.run(replica)
     return join(job.request, [outcomes[place] for place in range(len(requests))])

@@ -1,7 +1,8 @@
-"""One step of a layer, numpy in and numpy out, on the device or the replica that runs it."""
+"""One step in TensorFlow, numpy in and numpy out, on the device or the replica that runs it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,81 +14,84 @@ from bnlayer.state import BatchNormState
 
 from .layer import BatchNorm
 
+Forward = Callable[[tf.Tensor, tf.Tensor | None, Call], tf.Tensor]
 
-def run_step(layer: BatchNorm, request: Request) -> Outcome:
-    """Every call forward, then one backward pass, and one more where a direction asks for the second order."""
+
+def run_layer(layer: BatchNorm, request: Request) -> Outcome:
+    """The step of one of this package's layers."""
     layer.frozen_statistics = request.frozen_statistics
-    xs = [tf.constant(call.x) for call in request.calls]
-    ws = [None if call.weights is None else tf.constant(call.weights) for call in request.calls]
+
+    def forward(x: tf.Tensor, weights: tf.Tensor | None, call: Call) -> tf.Tensor:
+        return layer(
+            x,
+            training=request.training,
+            weights=weights,
+            update_stats=request.update_stats,
+            adjustment=call.adjustment,
+            renorm_clips=request.renorm_clips,
+        )
+
+    parameters = {name: getattr(layer, name) for name in ("gamma", "beta") if getattr(layer, name) is not None}
+    calls, gradients = run_calls(request.calls, forward, parameters)
+    return Outcome(calls, state=read_state(layer), dgamma=gradients.get("gamma"), dbeta=gradients.get("beta"))
+
+
+def run_calls(
+    calls: tuple[Call, ...], forward: Forward, parameters: Mapping[str, tf.Variable]
+) -> tuple[tuple[CallOutcome, ...], dict[str, NDArray]]:
+    """Every call forward, then one backward pass, and one more where a direction asks for the second order.
+
+    Args:
+        calls: of a request.
+        forward: y of x, the weights and the call they are from.
+        parameters: what to differentiate with respect to beside x and real weights.
+
+    Returns:
+        what each call gave, and the gradients of the parameters; none where no call has a dy.
+    """
+    xs = [tf.constant(call.x) for call in calls]
+    ws = [None if call.weights is None else tf.constant(call.weights) for call in calls]
     real = {i: w for i, w in enumerate(ws) if w is not None and w.dtype.is_floating}
-    directions = {i: tf.constant(c.direction) for i, c in enumerate(request.calls) if c.direction is not None}
+    directions = {i: tf.constant(call.direction) for i, call in enumerate(calls) if call.direction is not None}
     with tf.GradientTape() if directions else nullcontext() as outer:
         if outer is not None:
             outer.watch(xs)
         with tf.GradientTape() as tape:
             tape.watch([[x for x in xs if x.dtype.is_floating], list(real.values())])
-            ys = [
-                layer(
-                    x,
-                    training=request.training,
-                    weights=w,
-                    update_stats=request.update_stats,
-                    adjustment=call.adjustment,
-                    renorm_clips=request.renorm_clips,
-                )
-                for call, x, w in zip(request.calls, xs, ws, strict=True)
-            ]
-        dxs, dws, parameters = _gradients(tape, layer, request.calls, xs, ys, real)
+            ys = [forward(x, w, call) for call, x, w in zip(calls, xs, ws, strict=True)]
+        asked = [i for i, call in enumerate(calls) if call.dy is not None]
+        sources: dict[str, Any] = {
+            "xs": {i: xs[i] for i in asked},
+            "ws": {i: w for i, w in real.items() if i in asked},
+            "parameters": dict(parameters) if asked else {},
+        }
+        first = tape.gradient(
+            [ys[i] for i in asked],
+            sources,
+            output_gradients=[tf.constant(calls[i].dy) for i in asked],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
     hvps: dict[int, tf.Tensor] = {}
     if outer is not None:
         hvps = outer.gradient(
-            [dxs[i] for i in directions],
+            [first["xs"][i] for i in directions],
             {i: xs[i] for i in directions},
             output_gradients=list(directions.values()),
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-    calls = tuple(
-        CallOutcome(y.numpy(), dx=_numpy(dxs.get(i)), dweights=_numpy(dws.get(i)), hvp=_numpy(hvps.get(i)))
+    outcomes = tuple(
+        CallOutcome(
+            y.numpy(), dx=_numpy(first["xs"].get(i)), dweights=_numpy(first["ws"].get(i)), hvp=_numpy(hvps.get(i))
+        )
         for i, y in enumerate(ys)
     )
-    return Outcome(
-        calls,
-        state=read_state(layer),
-        dgamma=_numpy(parameters.get("gamma")),
-        dbeta=_numpy(parameters.get("beta")),
-    )
+    return outcomes, {name: np.asarray(gradient) for name, gradient in first["parameters"].items()}
 
 
 def read_state(layer: BatchNorm) -> BatchNormState[NDArray]:
     """A copy of the layer's state; in a replica, of its own."""
     arrays = {name: np.array(tf.convert_to_tensor(variable)) for name, variable in layer.state.arrays().items()}
     return BatchNormState(**arrays, num_updates=int(tf.convert_to_tensor(layer.num_updates)))
-
-
-def _gradients(
-    tape: tf.GradientTape,
-    layer: BatchNorm,
-    calls: tuple[Call, ...],
-    xs: list[tf.Tensor],
-    ys: list[tf.Tensor],
-    weights: dict[int, tf.Tensor],
-) -> tuple[dict[int, tf.Tensor], dict[int, tf.Tensor], dict[str, tf.Tensor]]:
-    """With respect to each x and each real weights whose call has a dy, and to the parameters."""
-    asked = [i for i, call in enumerate(calls) if call.dy is not None]
-    if not asked:
-        return {}, {}, {}
-    sources: dict[str, Any] = {
-        "xs": {i: xs[i] for i in asked},
-        "ws": {i: w for i, w in weights.items() if i in asked},
-        "parameters": {n: getattr(layer, n) for n in ("gamma", "beta") if getattr(layer, n) is not None},
-    }
-    got = tape.gradient(
-        [ys[i] for i in asked],
-        sources,
-        output_gradients=[tf.constant(calls[i].dy) for i in asked],
-        unconnected_gradients=tf.UnconnectedGradients.ZERO,
-    )
-    return got["xs"], got["ws"], got["parameters"]
 
 
 def _numpy(tensor: Any) -> NDArray | None:
