@@ -82,7 +82,9 @@ def _elements(observable: str, got: np.ndarray[Any, Any], want: Expected) -> Fin
         place = _first(wrong_kind)
         wanted = "NaN or an infinity" if want.nonfinite[place] else f"{values[place]:.9g}"
         return _wrong(
-            observable, f"element {_shown(place)}: {wanted} was expected, got {got[place]:.9g}", _word(got[place], wanted)
+            observable,
+            f"element {_shown(place)}: {wanted} was expected, got {got[place]:.9g}",
+            _word(got[place], wanted),
         )
     with np.errstate(all="ignore"):
         error = np.where(np.isfinite(values), np.abs(got - values), 0.0)

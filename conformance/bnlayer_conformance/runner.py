@@ -24,8 +24,8 @@ CALLS = ("train", "eval", "call_twice")
 @dataclass(frozen=True)
 class Result:
     """One vector on one target. `observable`, `error` and `tolerance` are those of the worst element; `ratio` is that
-    error in tolerances. `failures` has the worst finding of each observable that failed, worst first; of a native layer,
-    `lines` has the number of the line of its deviations that explains each of them, or None."""
+    error in tolerances. `failures` has the worst finding of each observable that failed, worst first; `lines` has, for
+    each of a native layer's, the number of the line of its deviations that explains it, or None."""
 
     vector: str
     group: str
