@@ -40,6 +40,7 @@ MAY_IMPORT = {
 }  # fmt: skip
 # What only some files of a package need, by the file's path inside it.
 MAY_ALSO_IMPORT = {
+    "bnlayer_numpy": [("native_onnxruntime.py", {"onnx", "onnxruntime"})],
     "bnlayer_conformance": [
         ("plugin.py", {"pytest"}),
         ("test_*.py", {"pytest"}),
