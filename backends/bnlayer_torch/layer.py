@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Final, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
@@ -23,7 +24,7 @@ from bnlayer.state import BatchNormState, array_names
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
 from .fused import is_ambiguous, loses_gradients, sums_drift
-from .support import MISSING
+from .synchronized import GroupReference
 from .tensors import EXTRA_BUFFERS, tensors_of
 
 
@@ -34,7 +35,10 @@ class Module(TorchBatchNorm):
         num_features, eps, momentum, affine, track_running_stats: as torch's; `momentum` None averages all updates.
         axis: the channel axis.
         moving_variance_estimator, zero_debias, renorm, virtual_batch_size, virtual_batch_layout, single_value,
-            nonfinite: as the spec's.
+            nonfinite, synchronized: as the spec's.
+        process_group: whose processes a synchronized module's statistics are over; None for all, where
+            torch.distributed is initialized (see `bnlayer_torch.batch_norm`). A copy of the module has the same group;
+            a module with one cannot be pickled.
         frozen_statistics: True: the moving statistics normalize and stay as they are, in training too; `train()` does
             not change it.
         weight, bias: gamma and beta, or None.
@@ -53,11 +57,11 @@ class Module(TorchBatchNorm):
     virtual_batch_layout: GhostLayout
     single_value: SingleValue
     nonfinite: NonFinite
+    synchronized: bool
     frozen_statistics: bool
 
-    def _set_up(self, spec: BatchNormSpec, device: Any) -> None:
+    def _set_up(self, spec: BatchNormSpec, device: Any, process_group: dist.ProcessGroup | None) -> None:
         """Fill a new module that torch's constructor left without parameters and buffers."""
-        MISSING.refuse("torch", spec)
         self.num_features = spec.num_features
         self.eps = spec.epsilon
         self.momentum = None if spec.decay == "cumulative" else complement(float(spec.decay))
@@ -71,6 +75,8 @@ class Module(TorchBatchNorm):
         self.virtual_batch_layout = spec.virtual_batch_layout
         self.single_value = spec.single_value
         self.nonfinite = spec.nonfinite
+        self.synchronized = spec.synchronized
+        self.process_group = process_group
         self.frozen_statistics = False
         # A module without parameters or without statistics has no tensor that would tell their dtype.
         self._param_dtype, self._stats_dtype = spec.param_dtype, spec.stats_dtype
@@ -110,9 +116,20 @@ class Module(TorchBatchNorm):
             self.virtual_batch_layout,
             self.single_value,
             self.nonfinite,
+            self.synchronized,
             self._param_dtype if stored is None else dtype_name(stored.dtype),
             self._stats_dtype if tracked is None else dtype_name(tracked.dtype),
         )
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """Whose processes a synchronized module's statistics are over."""
+        held = self._process_group
+        return None if held is None else held.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._process_group = None if group is None else GroupReference(group)
 
     def reset_running_stats(self) -> None:
         """Back to moving statistics that nothing entered: mean 0, variance 1, counter 0, and what that means for the
@@ -178,6 +195,7 @@ class Module(TorchBatchNorm):
             update_stats=update_stats,
             adjustment=adjustment,
             renorm_clips=renorm_clips,
+            process_group=self.process_group,
         )
         if after is not before:
             self._keep(after, spec)
@@ -222,6 +240,7 @@ class Module(TorchBatchNorm):
                 or self.zero_debias != "none"
                 or self.renorm is not None
                 or self.virtual_batch_size is not None
+                or self.synchronized
                 or sums_drift(x, 1, count)
             ):
                 return None
@@ -289,6 +308,7 @@ _USUAL: Final = {
     "virtual_batch_layout": "strided",
     "single_value": "raise",
     "nonfinite": "propagate",
+    "synchronized": False,
     "frozen_statistics": False,
 }
 
@@ -296,9 +316,11 @@ _USUAL: Final = {
 class BatchNorm(Module):
     """Batch normalization of any rank and channel axis, from a spec; otherwise as `BatchNorm1d/2d/3d`."""
 
-    def __init__(self, spec: BatchNormSpec, *, device: Any = None) -> None:
+    def __init__(
+        self, spec: BatchNormSpec, *, device: Any = None, process_group: dist.ProcessGroup | None = None
+    ) -> None:
         super().__init__(0, affine=False, track_running_stats=False)
-        self._set_up(spec, device)
+        self._set_up(spec, device, process_group)
 
 
 class _TorchArguments(Module):
@@ -324,6 +346,8 @@ class _TorchArguments(Module):
         virtual_batch_layout: GhostLayout = "strided",
         single_value: SingleValue = "raise",
         nonfinite: NonFinite = "propagate",
+        synchronized: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         stats_dtype: torch.dtype | None = None,
     ) -> None:
         """Torch's arguments, and by keyword what a spec has beyond them.
@@ -332,7 +356,9 @@ class _TorchArguments(Module):
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's.
             center, scale: whether there is a bias, a weight; None for what `affine` and `bias` say.
             moving_variance_estimator, zero_debias, renorm, virtual_batch_size, virtual_batch_layout, single_value,
-                nonfinite: as in `bnlayer.BatchNormSpec`; renorm goes with moving_variance_estimator="biased" only.
+                nonfinite, synchronized: as in `bnlayer.BatchNormSpec`; renorm goes with
+                moving_variance_estimator="biased" only.
+            process_group: whose processes the statistics of a synchronized module are over; None for all.
             stats_dtype: of the moving statistics; None for `dtype`.
 
         Raises:
@@ -355,10 +381,11 @@ class _TorchArguments(Module):
             virtual_batch_layout,
             single_value,
             nonfinite,
+            synchronized,
             param_dtype,
             param_dtype if stats_dtype is None else dtype_name(stats_dtype),
         )
-        self._set_up(spec, device)
+        self._set_up(spec, device, process_group)
 
 
 class BatchNorm1d(_TorchArguments, torch.nn.BatchNorm1d):
@@ -395,6 +422,7 @@ def _spec(
     virtual_batch_layout: GhostLayout,
     single_value: SingleValue,
     nonfinite: NonFinite,
+    synchronized: bool,
     param_dtype: str,
     stats_dtype: str,
 ) -> BatchNormSpec:
@@ -414,6 +442,7 @@ def _spec(
         track_moving_stats=track,
         single_value=single_value,
         nonfinite=nonfinite,
+        synchronized=synchronized,
         param_dtype=param_dtype,
         stats_dtype=stats_dtype,
     )
