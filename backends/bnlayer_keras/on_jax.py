@@ -16,12 +16,17 @@ from bnlayer_jax import batch_norm
 
 from .runtime import Forward
 
-__all__ = ["batch_norm", "counter_dtype", "device", "precision", "step"]
+__all__ = ["batch_norm", "counter_among_variables", "counter_dtype", "device", "precision", "step"]
 
 
 def counter_dtype() -> str:
     """See `runtime.Runtime`."""
     return str(jax.dtypes.canonicalize_dtype(np.int64))
+
+
+def counter_among_variables() -> bool:
+    """See `runtime.Runtime`: compiled training carries these and no others."""
+    return True
 
 
 def precision(dtypes: set[str]) -> AbstractContextManager[Any]:
@@ -41,11 +46,11 @@ def device(name: str) -> str:
 
 
 def step(
-    layer: Any, request: Request, forward: Forward
+    layer: Any, home: Any, request: Request, forward: Forward
 ) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
     """See `runtime.Runtime`. Differentiates the layer's stateless form, as Keras's own training does."""
     variables = layer.variables
-    (home,) = variables[-1].value.devices()
+    (device,) = home.value.devices()
     for call in request.calls:
         _check(call.weights)
     learned = {n: getattr(layer, n) for n in ("gamma", "beta") if getattr(layer, n) is not None}
@@ -73,7 +78,7 @@ def step(
         _, back, seen = jax.vjp(slopes, sources["x"], has_aux=True)
         return (*seen, back(along)[0])
 
-    with jax.default_device(home):
+    with jax.default_device(device):
         weights = {i: jnp.asarray(call.weights) for i, call in enumerate(request.calls) if call.weights is not None}
         real = {i: w for i, w in weights.items() if jnp.issubdtype(w.dtype, jnp.floating)}
         masks = {i: w for i, w in weights.items() if i not in real}

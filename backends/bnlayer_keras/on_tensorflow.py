@@ -14,12 +14,17 @@ from bnlayer_tensorflow import batch_norm
 
 from .runtime import Forward
 
-__all__ = ["batch_norm", "counter_dtype", "device", "precision", "step"]
+__all__ = ["batch_norm", "counter_among_variables", "counter_dtype", "device", "precision", "step"]
 
 
 def counter_dtype() -> str:
     """See `runtime.Runtime`."""
     return "int64"
+
+
+def counter_among_variables() -> bool:
+    """See `runtime.Runtime`: an exported model has to have it."""
+    return True
 
 
 def precision(dtypes: set[str]) -> AbstractContextManager[Any]:
@@ -37,10 +42,10 @@ def device(name: str) -> str:
 
 
 def step(
-    layer: Any, request: Request, forward: Forward
+    layer: Any, home: Any, request: Request, forward: Forward
 ) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
     """See `runtime.Runtime`."""
-    with tf.device(layer.variables[-1].value.device):
+    with tf.device(home.value.device):
         xs = [tf.constant(call.x) for call in request.calls]
         ws = [None if call.weights is None else tf.constant(call.weights) for call in request.calls]
         dys = {i: tf.constant(call.dy) for i, call in enumerate(request.calls) if call.dy is not None}

@@ -17,7 +17,7 @@ from bnlayer.state import BatchNormState, numpy_dtype
 
 from .runtime import Forward
 
-__all__ = ["batch_norm", "counter_dtype", "device", "precision", "step"]
+__all__ = ["batch_norm", "counter_among_variables", "counter_dtype", "device", "precision", "step"]
 
 
 def batch_norm(x: Any, state: BatchNormState[Any], spec: BatchNormSpec, **keywords: Any) -> tuple[Any, Any]:
@@ -37,6 +37,11 @@ def counter_dtype() -> str:
     return "int64"
 
 
+def counter_among_variables() -> bool:
+    """See `runtime.Runtime`: they become the keys of `state_dict`."""
+    return False
+
+
 def precision(dtypes: set[str]) -> AbstractContextManager[Any]:
     """See `runtime.Runtime`."""
     return nullcontext()
@@ -54,13 +59,13 @@ def device(name: str) -> str:
 
 
 def step(
-    layer: Any, request: Request, forward: Forward
+    layer: Any, home: Any, request: Request, forward: Forward
 ) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
     """See `runtime.Runtime`."""
-    home = layer.variables[-1].value.device
+    device = home.value.device
 
     def tensor(array: NDArray) -> torch.Tensor:
-        placed: torch.Tensor = keras.ops.convert_to_tensor(array).to(home)
+        placed: torch.Tensor = keras.ops.convert_to_tensor(array).to(device)
         return placed
 
     xs = [tensor(call.x) for call in request.calls]

@@ -1,7 +1,7 @@
 """The framework that Keras runs on: chosen where nobody did, and mapped to the module that knows it.
 
 Imports Keras when asked to, and of the frameworks none but the one in use. What differs between them is in `on_jax`,
-`on_tensorflow` and `on_torch`, which have the same five functions.
+`on_tensorflow` and `on_torch`, which have the same functions.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class Runtime(Protocol):
         """Of the update counter: int64, or int32 where the framework has no other."""
         ...
 
+    def counter_among_variables(self) -> bool:
+        """Whether the counter, where it is no weight, is among the layer's `variables`."""
+        ...
+
     def precision(self, dtypes: set[str]) -> AbstractContextManager[Any]:
         """Within it arrays of these dtypes are what they say."""
         ...
@@ -44,12 +48,13 @@ class Runtime(Protocol):
         ...
 
     def step(
-        self, layer: Any, request: Request, forward: Forward
+        self, layer: Any, home: Any, request: Request, forward: Forward
     ) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
         """One step through the framework's own autodiff: the calls' outcomes, dgamma and dbeta.
 
         Args:
             layer: a Keras layer whose variables are all its state, and whose parameters are `gamma` and `beta`.
+            home: a variable of it, on whose device the step runs.
             request: what to run.
             forward: calls the layer with x, the weights and the adjustment, as the framework's tensors.
         """

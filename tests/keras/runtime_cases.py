@@ -361,7 +361,7 @@ def test_symbolic_inputs_are_checked():
 
 
 def test_refuses_by_name():
-    with pytest.raises(SpecError, match="renorm_clipping has no r_max"):
+    with pytest.raises(SpecError, match="invalid keys"):
         BatchNormalization(renorm=True, renorm_clipping={"r_max": 3.0})
     with pytest.raises(SpecError, match="adjustment and virtual_batch_size"):
         BatchNormalization(adjustment=lambda shape: (1.0, 0.0), virtual_batch_size=4)
