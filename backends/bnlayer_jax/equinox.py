@@ -57,7 +57,8 @@ class BatchNorm(eqx.nn.BatchNorm):
     sequence of names joins several mapped axes. Ghost batches and renorm are not here: the first contradict statistics
     over a mapped axis, the second the averages of either mode.
 
-    y has the dtype that x and the layer's arrays promote to, as Equinox's; arithmetic is in float32 or wider.
+    y has Equinox's dtype: what x, weight and bias, and in inference the statistics promote to, so float32 for half x
+    under float32 parameters. Arithmetic is in float32 or wider, whatever it is.
 
     Attributes:
         weight, bias, axis_name, inference, input_size, eps, channelwise_affine, momentum, mode: Equinox's.
@@ -155,7 +156,7 @@ class BatchNorm(eqx.nn.BatchNorm):
         """
         x = jnp.asarray(x)
         held = self.held(state)
-        spec = self.spec_of(self._statistics(state)[0].dtype)
+        spec = self.spec_of(state.get(indices(self)[1])[0].dtype)
         training = trains(spec, not (self.inference if inference is None else inference), self.frozen_statistics)
         y, after = normalized(
             x,
@@ -164,7 +165,7 @@ class BatchNorm(eqx.nn.BatchNorm):
             spec.replace(decay=0.0) if self.mode == "ema" else spec,
             is_example=True,
             training=training,
-            dtype=jnp.result_type(x, *self._arrays(state)),
+            dtype=jnp.result_type(x, *(a for n, a in held.arrays().items() if n in ("gamma", "beta") or not training)),
             axis_name=tuple(self.axis_name) if isinstance(self.axis_name, list) else self.axis_name,
             frozen_parameters=self.frozen_parameters,
             weights=weights,
@@ -200,20 +201,13 @@ class BatchNorm(eqx.nn.BatchNorm):
         """
         return held_in(self, state)
 
-    def _statistics(self, state: eqx.nn.State) -> tuple[jax.Array, jax.Array]:
-        index = self.ema_state_index if self.mode == "ema" else self.batch_state_index
-        found: tuple[jax.Array, jax.Array] = state.get(index)
-        return found
-
-    def _arrays(self, state: eqx.nn.State) -> list[jax.Array]:
-        return [*self._statistics(state), *(a for a in (self.weight, self.bias) if a is not None)]
-
     def _keep(self, state: eqx.nn.State, held: Held, after: Held) -> eqx.nn.State:
         """The state with what one update made of the statistics."""
+        counter, statistics = indices(self)
         if self.mode == "batch":
-            state = state.set(self.batch_counter, after.num_updates)
-            return state.set(self.batch_state_index, (after.hidden_mean, after.hidden_variance))
-        first = state.get(self.ema_first_time_index)
+            state = state.set(counter, after.num_updates)
+            return state.set(statistics, (after.hidden_mean, after.hidden_variance))
+        first = state.get(counter)
         entered = after.num_updates > 0
         d = self.momentum
 
@@ -223,12 +217,16 @@ class BatchNorm(eqx.nn.BatchNorm):
             moved = (d * old.astype(wide) + (1 - d) * batch.astype(wide)).astype(old.dtype)
             return jnp.where(first | (batch == old), batch, moved)
 
-        state = state.set(self.ema_first_time_index, first & ~entered)
-        statistics = (
-            averaged(held.moving_mean, after.moving_mean),
-            averaged(held.moving_variance, after.moving_variance),
-        )
-        return state.set(self.ema_state_index, statistics)
+        state = state.set(counter, first & ~entered)
+        mean = averaged(held.moving_mean, after.moving_mean)
+        return state.set(statistics, (mean, averaged(held.moving_variance, after.moving_variance)))
+
+
+def indices(layer: Any) -> tuple[Any, Any]:
+    """Where a state has a layer's counter (in mode "ema" the flag that nothing entered yet), and its statistics."""
+    if layer.mode == "ema":
+        return layer.ema_first_time_index, layer.ema_state_index
+    return layer.batch_counter, layer.batch_state_index
 
 
 def spec_of(
@@ -257,27 +255,30 @@ def spec_of(
 
 def held_in(layer: eqx.nn.BatchNorm, state: eqx.nn.State) -> Held:
     """What Equinox's batch norm or ours has learned; see `BatchNorm.held`."""
+    counts, statistics = indices(layer)
+    count, (mean, variance) = state.get(counts), state.get(statistics)
+    # What the leaves hold before the first update is where Equinox starts, or what its memory held.
+    fresh = count if layer.mode == "ema" else count == 0
+    mean = jnp.where(fresh, 0, mean)
+    hidden_variance = jnp.where(fresh, 0, variance)
+    moving_variance = jnp.where(fresh, 1, variance)
     if layer.mode == "ema":
-        first = state.get(layer.ema_first_time_index)
-        mean, variance = state.get(layer.ema_state_index)
-        # Before the first update Equinox's buffers hold anything.
-        moving = jnp.where(first, 0, mean), jnp.where(first, 1, variance)
-        hidden: tuple[Any, Any] = (None, None)
-        counter = None
-    else:
-        counter = state.get(layer.batch_counter)
-        hidden = tuple(jnp.where(counter == 0, 0, h) for h in state.get(layer.batch_state_index))
-        seen = jnp.where(counter == 0, 1, _seen(layer.momentum, counter))
-        moving = hidden[0] / seen, jnp.where(counter == 0, 1, hidden[1] / seen)
-        moving = tuple(m.astype(h.dtype) for m, h in zip(moving, hidden, strict=True))
+        return BatchNormState(
+            gamma=layer.weight,
+            beta=layer.bias,
+            moving_mean=mean,
+            moving_variance=moving_variance,
+            num_updates=None,
+        )
+    seen = jnp.where(fresh, 1, _seen(layer.momentum, count)).astype(mean.dtype)
     return BatchNormState(
         gamma=layer.weight,
         beta=layer.bias,
-        moving_mean=moving[0],
-        moving_variance=moving[1],
-        hidden_mean=hidden[0],
-        hidden_variance=hidden[1],
-        num_updates=counter,
+        moving_mean=mean / seen,
+        moving_variance=moving_variance / seen,
+        hidden_mean=mean,
+        hidden_variance=hidden_variance,
+        num_updates=count,
     )
 
 
@@ -297,13 +298,13 @@ def without_start(layer: eqx.nn.BatchNorm, state: eqx.nn.State) -> eqx.nn.State:
     """
     if layer.mode != "batch":
         raise StateError('only mode="batch" starts its variance at 1; this layer\'s mode is "ema".')
-    counter = state.get(layer.batch_counter)
-    mean, variance = state.get(layer.batch_state_index)
+    counts, statistics = indices(layer)
+    counter, (mean, variance) = state.get(counts), state.get(statistics)
     left = jnp.where(counter == 0, 0, 1 - _seen(layer.momentum, counter))
     corrected = variance - left
     if bool((corrected < -1e-6 * left).any()):
         raise StateError("the hidden variance is less than a start at 1 would have left in it; it started at 0.")
-    return state.set(layer.batch_state_index, (mean, jnp.maximum(corrected, 0).astype(variance.dtype)))
+    return state.set(statistics, (mean, jnp.maximum(corrected, 0).astype(variance.dtype)))
 
 
 def plain_options() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from bnlayer.errors import InputError, UnsupportedError
@@ -173,19 +174,17 @@ def normalized(
         x = x[None]
         masked = None if masked is None else masked[None]
         weights = None if weights is None else jnp.asarray(weights)[None]
-    channels = masked is not None and masked.shape[spec.axis] != 1
-    run = _by_channel if channels else batch_norm
-    y, after = run(
-        x,
-        state,
-        spec,
-        training=training,
-        weights=weights if masked is None else masked,
-        update_stats=update_stats,
-        adjustment=adjustment,
-        renorm_clips=renorm_clips,
-        **({} if axis_name is None else {"axis_name": axis_name}),
-    )
+    arguments: dict[str, Any] = {
+        "training": training,
+        "update_stats": update_stats,
+        "adjustment": adjustment,
+        "renorm_clips": renorm_clips,
+        "axis_name": axis_name,
+    }
+    if masked is not None and masked.shape[spec.axis] != 1:
+        y, after = _by_channel(x, state, spec, masked, **arguments)
+    else:
+        y, after = batch_norm(x, state, spec, weights=weights if masked is None else masked, **arguments)
     return (y[0] if is_example else y).astype(dtype), after
 
 
@@ -212,8 +211,8 @@ def _by_channel(
     x: jax.Array,
     state: BatchNormState[Any],
     spec: BatchNormSpec,
+    mask: jax.Array,
     *,
-    weights: jax.Array,
     adjustment: tuple[ArrayLike, ArrayLike] | None,
     **arguments: Any,
 ) -> tuple[jax.Array, BatchNormState[jax.Array]]:
@@ -243,7 +242,7 @@ def _by_channel(
         return y[..., 0], after.arrays()
 
     axis = spec.axis
-    whole = jnp.broadcast_to(weights, x.shape)
+    whole = jnp.broadcast_to(mask, x.shape)
     y, arrays = jax.vmap(single, in_axes=(axis, axis, 0, *(axis for _ in spread)), out_axes=(axis, 0))(
         x, whole, channel, *spread
     )
@@ -268,7 +267,7 @@ def numpy_state(arrays: Mapping[str, Any], counter: Any = None) -> BatchNormStat
     """A numpy copy of one layer's arrays; None where there are those of several layers, stacked by vmap or scan, or
     shapes without values."""
     every = [*arrays.values(), *([] if counter is None else [counter])]
-    if any(not isinstance(array, (jax.Array, np.ndarray)) or isinstance(array, jax.core.Tracer) for array in every):
+    if any(not isinstance(array, (jax.Array, np.ndarray)) or isinstance(array, Tracer) for array in every):
         return None
     if any(array.ndim != 1 for array in arrays.values()) or (counter is not None and counter.ndim):
         return None

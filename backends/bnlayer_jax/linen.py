@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
 from bnlayer.call import trains
@@ -34,7 +35,7 @@ __all__ = ["BatchNorm", "Inputs"]
 VARIABLES = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}
 
 
-class BatchNorm(nn.BatchNorm, kw_only=True):
+class BatchNorm(nn.BatchNorm, kw_only=True):  # type: ignore[call-arg]  # a word of Flax's dataclasses
     """Batch normalization with Flax's fields, and by keyword what a spec has beyond them.
 
     y has Flax's dtype: `dtype` if given, else what x and the parameters promote to, so float32 for half x under float32
@@ -203,7 +204,7 @@ def call_on(
         spec.replace(synchronized=False) if initializing else spec,
         is_example=is_example,
         training=trains(spec, not use_running_average, fields.frozen_statistics),
-        dtype=nn.dtypes.canonicalize_dtype(x, *parameters, dtype=module.dtype),
+        dtype=canonicalize_dtype(x, *parameters, dtype=module.dtype),
         axis_name=None if initializing else module.axis_name,
         frozen_parameters=fields.frozen_parameters,
         mask=None if mask is None else jnp.asarray(mask, bool),

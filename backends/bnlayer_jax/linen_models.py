@@ -22,7 +22,7 @@ from .model_linen import Inputs
 Path = tuple[str, ...]
 
 # A function that nn.jit has compiled would run again as it was traced, by whichever layers: these are part of its key.
-_layers_of_this_trace = jax.make_user_context(None)
+_layers_of_this_trace = jax.make_user_context(None)  # type: ignore[no-untyped-call]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,11 +109,11 @@ class BatchNorm(nnx.BatchNorm):
             SpecError: an argument is out of range, or two contradict each other.
             UnsupportedError: several channel axes or axis_index_groups are asked for, or float64 without x64.
         """
+        words: dict[str, Any] = {"axis": axis, "momentum": momentum}  # of which we take more than Flax says
         super().__init__(
             num_features,
+            **words,
             use_running_average=use_running_average,
-            axis=axis,
-            momentum=momentum,
             epsilon=epsilon,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -204,22 +204,22 @@ class BatchNorm(nnx.BatchNorm):
         held = {name: variable[...] for name, variable in variables.items()}
         counter = held.pop("num_updates", None)
         statistics, parameters = ("moving_mean", "moving_variance"), ("gamma", "beta")
-        x, _, _, scale, bias = self.promote_dtype(
+        promoted: tuple[Any, ...] = self.promote_dtype(
             (x, *map(held.get, statistics), *map(held.get, parameters)), dtype=self.dtype
         )
-        axis, is_example = example_axis(channel_axis(self.axis), x.ndim)
+        axis, is_example = example_axis(channel_axis(self.axis), promoted[0].ndim)
         spec = self._spec(axis)
         if needs_counter(spec) and counter is None:
             raise StateError(
                 "the layer was built without num_updates; build it with the momentum and zero_debias that it has now."
             )
         y, after = normalized(
-            x,
+            promoted[0],
             BatchNormState(**held, num_updates=0 if counter is None else counter),
             spec,
             is_example=is_example,
             training=trains(spec, not use_running_average, self.frozen_statistics),
-            dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+            dtype=dtypes.canonicalize_dtype(promoted[0], *promoted[3:], dtype=self.dtype),
             axis_name=self.axis_name,
             frozen_parameters=self.frozen_parameters,
             mask=mask,
