@@ -55,9 +55,7 @@ class Haiku(NativeHost):
     ) -> tuple[jax.Array, Variables]:
         shape = [1] * x.ndim
         shape[spec.axis] = spec.num_features
-        named = {
-            entry: variables[name].reshape(shape) for name, entry in _PARAMETERS.items() if name in variables
-        }
+        named = {entry: variables[name].reshape(shape) for name, entry in _PARAMETERS.items() if name in variables}
         parameters = {"batch_norm": named} if named else {}
         state = {
             place: {

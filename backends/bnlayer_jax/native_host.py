@@ -90,7 +90,7 @@ class NativeHost(ABC):
 
     def refusals(self) -> tuple[type[Exception], ...]:
         """How the library refuses an input."""
-        return (TypeError, ValueError)
+        return (IndexError, TypeError, ValueError)
 
     def from_state(self, state: BatchNormState[NDArray]) -> Variables:
         """The variables that hold this state."""
@@ -112,7 +112,7 @@ class NativeHost(ABC):
 
     def version(self) -> str:
         require("jax", "jax")
-        return str(require(self.library, "haiku" if self.library == "haiku" else self.library).__version__)
+        return str(require(self.library, self.library).__version__)
 
     def owns(self, layer: Any) -> bool:
         return isinstance(layer, NativeLayer) and layer.host == self.name
