@@ -23,7 +23,7 @@ from .replicas import AxisName, Replicas, replicas_of
 from .state import check_names_and_shapes
 from .statistics import entering, group_moments, replicated_moments
 from .support import MISSING
-from .weights import as_array, check_values, related
+from .weights import check_values, related, unwrapping
 
 
 class Scales(NamedTuple):
@@ -117,7 +117,7 @@ def batch_norm(
         state,
         spec,
         plan,
-        weights=None if weights is None else as_array(weights),
+        weights=None if weights is None else jnp.asarray(unwrapping(weights)),
         adjustment=None if adjustment is None or not training else _widened(adjustment, plan.arithmetic),
         clips=clips,
         replicas=replicas,

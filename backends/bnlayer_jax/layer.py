@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import EllipsisType
 from typing import Any
 
 import jax
@@ -119,11 +120,22 @@ class BatchNorm:
         return self.replace(state=self.state.replace(**parameters))
 
     def replace(
-        self, *, state: BatchNormState[jax.Array] | None = None, frozen_statistics: bool | None = None
+        self,
+        *,
+        state: BatchNormState[jax.Array] | None = None,
+        frozen_statistics: bool | None = None,
+        axis_name: AxisName | EllipsisType | None = ...,
     ) -> BatchNorm:
-        """This layer with another state, or frozen or not; the state is taken as it is, traced or not."""
+        """This layer with another state, frozen or not, or over another axis; the state is taken as it is, traced or
+        not.
+
+        Raises:
+            InputError: an `axis_name` is given to a layer that is not synchronized.
+        """
+        axis = self.axis_name if isinstance(axis_name, EllipsisType) else axis_name
+        replicas_of(axis, self.spec, synchronized=False)
         frozen = self.frozen_statistics if frozen_statistics is None else frozen_statistics
-        return _assembled((self.spec, frozen, self.axis_name), (self.state if state is None else state,))
+        return _assembled((self.spec, frozen, axis), (self.state if state is None else state,))
 
     def __reduce__(self) -> tuple[Any, ...]:
         children, static = _parts(self)

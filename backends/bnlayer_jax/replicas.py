@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from bnlayer.contract import NDArray
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 
@@ -76,3 +78,30 @@ def replicas_of(axis_name: AxisName | None, spec: BatchNormSpec, synchronized: b
             " axis, or jax.vmap or jax.pmap with that axis_name; or leave axis_name out to run as one replica."
         ) from error
     return Replicas(axis_name, int(number))
+
+
+def padded(array: ArrayLike, rows: int) -> tuple[jax.Array | NDArray, NDArray]:
+    """An array with rows of zeros after its own, and the mask (rows,) that is False there.
+
+    In JAX all replicas have arrays of one shape. Where they have different numbers of rows, pad each to the most that
+    any has, and call with that mask as the weights (or with 0 in weights of your own): statistics, n of the unbiased
+    variance, gradients and the state come out as if the padding were not there. A replica may have no row of its own.
+
+        x, present = padded(x, rows)
+        y, layer = layer(x, training=True, weights=present)     # y[: len(x)] is of the rows that were there
+
+    Args:
+        array: of one replica, rows first; a numpy array stays one.
+        rows: how many the replica with the most has.
+
+    Raises:
+        InputError: the array has more rows than that.
+    """
+    own = array if isinstance(array, (jax.Array, np.ndarray)) else np.asarray(array)
+    if len(own) > rows:
+        raise InputError(f"padding to {rows} rows takes at most so many; got {len(own)}.")
+    fill = (rows - len(own), *own.shape[1:])
+    present = np.arange(rows) < len(own)
+    if isinstance(own, np.ndarray):
+        return np.concatenate([own, np.zeros(fill, own.dtype)]), present
+    return jnp.concatenate([own, jnp.zeros(fill, own.dtype)]), present

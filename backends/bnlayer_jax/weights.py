@@ -85,11 +85,11 @@ def check_values(weights: Any) -> None:
         raise InputError(f"weights must be not negative and finite in {held}; got {values[wrong][0]}.")
 
 
-def as_array(weights: Any) -> jax.Array:
-    """The weights as an array that JAX's integers cannot wrap: numpy's int64 counts become floats."""
+def unwrapping(weights: Any) -> Any:
+    """The weights, numpy's integers as floats: JAX would wrap what does not fit its own."""
     if isinstance(weights, np.ndarray) and weights.dtype.kind in "iu":
-        weights = weights.astype(np.float64)
-    return jnp.asarray(weights)
+        return weights.astype(np.float64)
+    return weights
 
 
 def related(weights: jax.Array, plan: CallPlan, groups: Groups, replicas: Replicas | None) -> Weights:
