@@ -102,15 +102,14 @@ def read_weights(
     if ghosts is not None:  # a weight that all rows share has to be there for each, for they part
         rows = tf.reshape(tf.cast(ghosts.rows, tf.int64), [1])
         values = tf.broadcast_to(values, tf.concat([rows, tf.shape(values, tf.int64)[1:]], 0))
-    # How many positions of x one weight stands for; nothing comes of an empty batch, but no division by 0 either.
-    size = tf.maximum(tf.size(values, tf.int64), 1)
-    spread = tf.cast(tf.maximum(tf.cast(count, tf.int64) // size, 1), tf.float64)
+    # How many positions of x one weight stands for: none in an empty batch, also where all rows would share it.
+    spread = tf.cast(tf.cast(count, tf.int64) // tf.maximum(tf.size(values, tf.int64), 1), tf.float64)
     axes = tuple(range(rank))
     if ghosts is not None:
         values, axes = ghosts.split(values), tuple(i for i in range(rank + 1) if i != ghosts.axis)
-    # Of an empty tensor it is -inf; and weights that all rows share are nobody's where there are none.
+    # Of an empty tensor it is -inf.
     largest = tf.maximum(tf.reduce_max(tf.stop_gradient(values), axes, keepdims=True), 0.0)
-    largest = tf.where(tf.cast(count, tf.int64) > 0, largest, tf.zeros_like(largest))
+    largest = tf.where(spread > 0, largest, tf.zeros_like(largest))
     has_weight = largest > 0
     # Relative to the largest, neither the total nor the squares can overflow or vanish.
     relative = values / tf.where(has_weight, largest, tf.ones_like(largest))
