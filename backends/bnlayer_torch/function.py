@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bnlayer.call import CallPlan, RenormClips, plan_call
+from bnlayer.call import CallPlan, RenormClips, plan_call, refuse_single_value
 from bnlayer.call import renorm_clips as clips_of
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
@@ -69,6 +69,8 @@ def batch_norm(
     read = partial(_read, x, spec, training, update_stats, weights, adjustment, renorm_clips)
     call = read() if group is None else in_agreement(group, spec, x.device, read)
     plan, w = call.plan, call.read
+    if group is None and plan.synchronized and plan.count == 1:
+        refuse_single_value(spec, 1, f"batch of the only replica; got x with shape {tuple(x.shape)}")
     channels = Channels(state, DTYPES[plan.arithmetic], x.device, spec.num_features)
     if group is not None:
         found = by_replicas(x, channels, spec, plan, call.weights, w, call.clips, call.adjustment, group)

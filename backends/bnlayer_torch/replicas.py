@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from bnlayer.contract import NDArray, Outcome, Request
 from bnlayer.errors import BatchNormError
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 _Job = tuple[BatchNormSpec, BatchNormState[NDArray], Request, str]
+_Answer = tuple[int, Outcome | Exception | None]  # of which replica; None where its process ended
 
 _LEAST: Final = 3  # processes of a pool: torch takes seconds to import, and a step on fewer uses some of them
-_TIMEOUT: Final = 120.0  # seconds for a step, the start of the processes included
-_GRACE: Final = 5.0  # seconds that the others have to answer once one has failed, and that a process has to end
+_TIMEOUT: Final = 300.0  # seconds for a step, the start of the processes included
+_GRACE: Final = 5.0  # seconds that the others have to answer after one has failed, and that a process has to end
 
 _CHILD: Final = """
 import json, sys
@@ -109,7 +110,8 @@ class _Pool:
         self.size = size
         self.broken = False
         self._folder = tempfile.mkdtemp(prefix="bnlayer-replicas-")
-        self._workers = [_Worker(rank, size, self._folder) for rank in range(size)]
+        self._answers: queue.Queue[_Answer] = queue.Queue()
+        self._workers = [_Worker(rank, size, self._folder, self._answers) for rank in range(size)]
 
     def run(self, jobs: Sequence[_Job], timeout: float) -> list[Outcome]:
         """What each job gave; a process without one has none to answer."""
@@ -117,17 +119,37 @@ class _Pool:
         until = time.monotonic() + timeout
         for rank, worker in enumerate(self._workers):
             worker.send((len(jobs), jobs[rank] if rank < len(jobs) else None))
-        answers: list[Any] = []
-        for worker in self._workers[: len(jobs)]:
-            answers.append(worker.answer(until))
-            if isinstance(answers[-1], Exception):
-                until = min(until, time.monotonic() + _GRACE)
-        # What one raised says more than that others were left waiting for it.
-        errors = [answer for answer in answers if isinstance(answer, Exception)]
-        self.broken = any(isinstance(error, ReplicaError) or not isinstance(error, BatchNormError) for error in errors)
-        for error in sorted(errors, key=lambda error: isinstance(error, ReplicaError)):
-            raise error
-        return answers
+        outcomes: dict[int, Outcome] = {}
+        raised: dict[int, Exception] = {}
+        ended: list[int] = []
+        while len(outcomes) + len(raised) < len(jobs):
+            try:
+                rank, answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if isinstance(answer, Outcome):
+                outcomes[rank] = answer
+                continue
+            if answer is None:
+                ended.append(rank)
+            else:
+                raised[rank] = answer
+            until = min(until, time.monotonic() + _GRACE)
+        # What went wrong first says more than what followed: the others lose or miss the one that ended or raised.
+        if ended:
+            codes = ", ".join(f"{rank} ended with exit code {self._workers[rank].exit_code()}" for rank in ended)
+            raise ReplicaError(f"the process of replica {codes}; what it wrote says why.")
+        if raised:
+            complete = len(outcomes) + len(raised) == len(jobs)
+            self.broken = not (complete and all(isinstance(error, BatchNormError) for error in raised.values()))
+            raise raised[min(raised)]
+        if len(outcomes) < len(jobs):
+            late = sorted(set(range(len(jobs))) - set(outcomes))
+            raise ReplicaError(
+                f"the processes of replicas {late} did not answer in {timeout:g} seconds; they are ended."
+            )
+        self.broken = False
+        return [outcomes[rank] for rank in range(len(jobs))]
 
     def close(self) -> None:
         """End the processes."""
@@ -139,7 +161,7 @@ class _Pool:
 class _Worker:
     """One process, seen from here."""
 
-    def __init__(self, rank: int, size: int, folder: str) -> None:
+    def __init__(self, rank: int, size: int, folder: str, answers: queue.Queue[_Answer]) -> None:
         self._rank = rank
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(rank), str(size), folder],
@@ -149,9 +171,8 @@ class _Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._input: IO[bytes] = self._process.stdin
-        self._answers: queue.Queue[Any] = queue.Queue()
         # A pipe cannot be read with a timeout on every system; a queue can.
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        threading.Thread(target=self._listen, args=(self._process.stdout, answers), daemon=True).start()
 
     def send(self, job: tuple[int, _Job | None]) -> None:
         """Give the process something to do."""
@@ -159,19 +180,11 @@ class _Worker:
             pickle.dump(job, self._input, pickle.HIGHEST_PROTOCOL)
             self._input.flush()
         except OSError:
-            return  # it has ended, which `answer` says
+            return  # it has ended, which `_listen` finds as well
 
-    def answer(self, until: float) -> Any:
-        """What it answers before the monotonic clock shows `until`, or a `ReplicaError`."""
-        try:
-            answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
-        except queue.Empty:
-            return ReplicaError(f"the process of replica {self._rank} did not answer in time; the pool is ended.")
-        if answer is None:
-            self._answers.put(None)
-            code = self._process.wait()
-            return ReplicaError(f"the process of replica {self._rank} ended with exit code {code}; see its output.")
-        return answer
+    def exit_code(self) -> int:
+        """Of the process, which has closed its output."""
+        return self._process.wait()
 
     def close(self, *, kill: bool) -> None:
         """End the process: it does so by itself at the end of its input, unless it waits for another."""
@@ -185,13 +198,13 @@ class _Worker:
             self._process.kill()
             self._process.wait()
 
-    def _listen(self, output: IO[bytes]) -> None:
+    def _listen(self, output: IO[bytes], answers: queue.Queue[_Answer]) -> None:
         with output:
             while True:
                 try:
-                    self._answers.put(pickle.load(output))
+                    answers.put((self._rank, pickle.load(output)))
                 except (EOFError, pickle.UnpicklingError, OSError):
-                    self._answers.put(None)
+                    answers.put((self._rank, None))
                     return
 
 
