@@ -151,8 +151,7 @@ class BatchNorm(eqx.nn.BatchNorm):
             y of x's shape, and the state after, which is the same for every example.
 
         Raises:
-            NameError: in training, where nothing maps `axis_name`.
-            InputError: an argument does not fit the layer.
+            InputError: in training, nothing maps `axis_name`; or an argument does not fit the layer.
         """
         x = jnp.asarray(x)
         held = self.held(state)
@@ -197,7 +196,7 @@ class BatchNorm(eqx.nn.BatchNorm):
     def held(self, state: eqx.nn.State) -> Held:
         """What the layer has learned: its parameters, and its leaves in `state`, which stays usable.
 
-        num_updates is None in mode "ema" once an update entered: it does not count them.
+        num_updates is None in mode "ema", which does not count them.
         """
         return held_in(self, state)
 
