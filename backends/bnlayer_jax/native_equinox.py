@@ -6,7 +6,7 @@ The layer takes one example and is mapped over the batch, so that its channel ax
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from bnlayer.contract import Call, Missing, NDArray
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, numpy_dtype
 
-from .native_host import NativeHost, Variables, not_only, one_axis
+from .native_host import NativeHost, Variables, decay, not_only, one_axis
 
 if TYPE_CHECKING:
     import jax
@@ -36,7 +36,7 @@ class Equinox(NativeHost):
 
     library = "equinox"
     counts = True
-    mode: ClassVar[str]
+    mode: ClassVar[Literal["ema", "batch"]]
     leaves: ClassVar[tuple[str, ...]]  # of Equinox's state, in its order
 
     def module(self, spec: BatchNormSpec) -> Any:
@@ -50,7 +50,7 @@ class Equinox(NativeHost):
             _BATCH,
             eps=spec.epsilon,
             channelwise_affine=spec.scale,
-            momentum=spec.decay,
+            momentum=decay(spec),
             dtype=numpy_dtype(spec.param_dtype),
             mode=self.mode,
         )
@@ -71,16 +71,16 @@ class Equinox(NativeHost):
         import jax
 
         layer, state = self._made(spec)
-        affine = {name: variables[name] for name in ("gamma", "beta") if name in variables}
+        affine = {name: value for name, value in variables.items() if name not in self.leaves}
         if affine:
             layer = equinox.tree_at(lambda m: (m.weight, m.bias), layer, (affine["gamma"], affine["beta"]))
         # Not `state.set`: under a trace, an initial counter has a type that a stored one has not.
         state = jax.tree.unflatten(jax.tree.structure(state), [variables[name] for name in self.leaves])
-        mapped = jax.vmap(
-            lambda example, held: layer(example, held, inference=not training),
-            axis_name=_BATCH, in_axes=(0, None), out_axes=(0, None),
-        )  # fmt: skip
-        y, state = mapped(x, state)
+
+        def call(example: jax.Array, held: Any) -> Any:
+            return layer(example, held, inference=not training)
+
+        y, state = jax.vmap(call, axis_name=_BATCH, in_axes=(0, None), out_axes=(0, None))(x, state)
         return y, {**affine, **self._read(state)}
 
     def _read(self, state: Any) -> Variables:
@@ -129,8 +129,7 @@ class EquinoxBatch(Equinox):
 
     def to_state(self, spec: BatchNormSpec, variables: Variables) -> BatchNormState[NDArray]:
         count = int(variables["num_updates"])
-        assert not isinstance(spec.decay, str)
-        seen = 1.0 - spec.decay**count if count else 1.0  # what inference divides by
+        seen = 1.0 - decay(spec) ** count if count else 1.0  # what inference divides by
         moving = {
             f"moving_{which}": (np.asarray(variables[f"hidden_{which}"], np.float64) / seen).astype(spec.stats_dtype)
             for which in ("mean", "variance")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bnlayer.contract import Call, Missing
 from bnlayer.spec import BatchNormSpec
 
-from .native_host import NativeHost, Variables, not_only
+from .native_host import NativeHost, Variables, decay, not_only
 
 if TYPE_CHECKING:
     import jax
@@ -89,7 +89,7 @@ def _layer(spec: BatchNormSpec) -> Any:
     return haiku.BatchNorm(
         create_scale=spec.scale,
         create_offset=spec.center,
-        decay_rate=spec.decay,
+        decay_rate=decay(spec),
         eps=spec.epsilon,
         data_format="channels_first" if spec.axis == 1 else "channels_last",
     )

@@ -190,6 +190,12 @@ def not_only(fields: Mapping[str, str], spec: BatchNormSpec) -> str | None:
     return next((f"{name}: {why}" for name, why in fields.items() if not getattr(spec, name)), None)
 
 
+def decay(spec: BatchNormSpec) -> float:
+    """The spec's decay, where "cumulative" is unsupported."""
+    assert not isinstance(spec.decay, str)
+    return spec.decay
+
+
 def one_axis(spec: BatchNormSpec, axis: int, rank: int) -> bool:
     """Whether the spec's axis of an input of this rank is `axis`, counted from the front."""
     return axis == (spec.axis + rank if spec.axis < 0 else spec.axis)

@@ -8,7 +8,7 @@ from bnlayer.spec import BatchNormSpec
 from bnlayer.state import numpy_dtype
 
 from .native_flax import FlaxHost
-from .native_host import Variables
+from .native_host import Variables, decay
 
 if TYPE_CHECKING:
     import jax
@@ -29,7 +29,7 @@ class FlaxNNX(FlaxHost):
             spec.num_features,
             axis=spec.axis,
             epsilon=spec.epsilon,
-            momentum=spec.decay,
+            momentum=decay(spec),
             use_bias=spec.center,
             use_scale=spec.scale,
             param_dtype=numpy_dtype(spec.param_dtype),

@@ -60,14 +60,15 @@ def run_step(
         )
         for call, mask in zip(calls, masks, strict=True)
     ]
-    return _step(host, spec, variables, inputs, training, keep)
+    ys, after, gradients = _step(host, spec, variables, inputs, training, keep)
+    return ys, after, gradients
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4, 5))
 def _step(
     host: NativeHost, spec: BatchNormSpec, variables: Variables, inputs: list[_Input], training: bool, keep: bool
 ) -> tuple[list[jax.Array], Variables, Gradients]:
-    parameters = {name: variables[name] for name in ("gamma", "beta") if name in variables}
+    parameters: Variables = {name: value for name, value in variables.items() if name in ("gamma", "beta")}
 
     def forward(
         parameters: Variables, differentiated: list[jax.Array]

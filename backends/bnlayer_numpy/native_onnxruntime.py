@@ -143,8 +143,7 @@ def _run(spec: BatchNormSpec, x: NDArray, state: BatchNormState[NDArray], *, tra
     Raises:
         InputError: ONNX Runtime refuses x.
     """
-    from onnxruntime.capi import onnxruntime_pybind11_state as refusals
-
+    refusals = require("onnxruntime.capi.onnxruntime_pybind11_state", "onnx")
     inputs = {name: getattr(state, name) for name in _INPUTS}
     try:
         outputs: list[NDArray] = _session(spec, x.dtype, training).run(None, {"x": x, **inputs})
@@ -156,8 +155,9 @@ def _run(spec: BatchNormSpec, x: NDArray, state: BatchNormState[NDArray], *, tra
 @lru_cache(maxsize=64)
 def _session(spec: BatchNormSpec, x: np.dtype[Any], training: bool) -> Any:
     """A session of the one node, for x of any shape."""
-    import onnxruntime
     from onnx import helper
+
+    onnxruntime = require("onnxruntime", "onnx")
 
     def typed(name: str, dtype: np.dtype[Any], shape: list[int] | None) -> Any:
         return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
