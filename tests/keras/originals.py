@@ -1,4 +1,4 @@
-"""Keras's own tests of its layer, which come with Keras, on ours. Only the class is another; all of them have to pass."""
+"""Keras's own tests of its layer, which come with Keras, on ours: only the class is another."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class TestOurs(theirs.BatchNormalizationTest):
     """The tests are inherited."""
 
 
-# test_correctness with axis=1. What it looks at last is a channel whose every position is masked: Keras normalizes it by
-# a mean and a variance of 0, and moves the averages towards them. By the definition nothing is known of such a channel:
-# its averages stay, and normalize it, as in inference. The test finds that y should not be inference's.
+# test_correctness with axis=1. What it looks at last is a channel whose every position is masked: Keras normalizes it
+# by a mean and a variance of 0, and moves the averages towards them. By the definition nothing is known of such a
+# channel: its averages stay, and normalize it, as in inference. The test finds that y should not be inference's.
 for number in range(8, 16):
     pytest.mark.xfail(reason="a channel without any position in the mask", raises=AssertionError, strict=True)(
         getattr(TestOurs, f"test_correctness{number}")
