@@ -73,6 +73,12 @@ def worst(findings: Iterable[Finding]) -> Finding:
 
 def _elements(observable: str, got: np.ndarray[Any, Any], want: Expected) -> Finding:
     values, tolerance = want.values, want.tolerance
+    with np.errstate(all="ignore"):
+        error = np.abs(got - values)
+        if (error < tolerance).all():  # most are; NaN is not
+            ratio = error / tolerance
+            at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+            return Finding(observable, float(ratio[at]), float(error[at]), float(tolerance[at]))
     wrong_kind = np.where(
         want.nonfinite,
         np.isfinite(got),

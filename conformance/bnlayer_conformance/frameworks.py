@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import Any, Final
@@ -280,8 +281,9 @@ def _matches(name: str, globs: str) -> bool:
     return any(fnmatchcase(name, glob) for glob in re.split(r"[,\s]+", globs))
 
 
-def _every() -> set[str]:
-    return {v.id for v in vector.load()} | set(metamorphic.names())
+@cache
+def _every() -> frozenset[str]:
+    return frozenset(v.id for v in vector.load()) | frozenset(metamorphic.names())
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "third_party"
 GUIDE = ROOT / "docs" / "writing-a-backend.md"
 # What it may lack, by the name its reason begins with.
-LATER = {"renorm", "virtual_batch_size", "zero_debias", "synchronized", "adjustment"}
+LATER = {"renorm", "virtual_batch_size", "zero_debias", "synchronized", "adjustment", "direction"}
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

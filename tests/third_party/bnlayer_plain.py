@@ -20,6 +20,8 @@ State = BatchNormState[NDArray]
 MISSING = Missing(
     fields=dict.fromkeys(("renorm", "virtual_batch_size", "zero_debias", "synchronized"), "not implemented"),
     adjustment="not implemented",
+    shards="not implemented",
+    direction="not implemented",
 )
 
 
