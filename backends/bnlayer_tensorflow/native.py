@@ -73,14 +73,13 @@ class FusedBatchNormTarget:
     def build(
         self, spec: BatchNormSpec, state: BatchNormState[NDArray] | None = None, *, device: Any = None
     ) -> FusedBatchNorm:
-        tf = require("tensorflow", "tensorflow")
+        require("tensorflow", "tensorflow")
         self._refuse(spec)
         from .devices import existing
         from .native_layer import FusedBatchNorm
 
         start = BatchNormState.initial(spec) if state is None else state.checked(spec)
-        with tf.device(None if device is None else existing(device, self.name)):
-            return FusedBatchNorm(spec, start)
+        return FusedBatchNorm(spec, start, None if device is None else existing(device, self.name))
 
     def extract(self, layer: FusedBatchNorm) -> tuple[BatchNormSpec, BatchNormState[NDArray]]:
         return layer.spec, layer.state
@@ -103,7 +102,8 @@ class FusedBatchNormTarget:
             except (ValueError, framework.errors.OpError) as error:  # how TensorFlow refuses an input
                 raise InputError(f"{self.name} refuses x with shape {tuple(x.shape)}: {error}") from error
 
-        calls, gradients = run_calls(request.calls, forward, layer.parameters)
+        with framework.device(layer.device):
+            calls, gradients = run_calls(request.calls, forward, layer.parameters)
         return layer, Outcome(calls, state=layer.state, dgamma=gradients.get("gamma"), dbeta=gradients.get("beta"))
 
     def _refuse(self, spec: BatchNormSpec, request: Request | None = None) -> None:

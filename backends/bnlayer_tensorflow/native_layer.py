@@ -16,20 +16,23 @@ class FusedBatchNorm:
 
     Attributes:
         spec: with float32 parameters and statistics.
+        device: where it is, or None for TensorFlow's choice.
         gamma, beta: variables of shape (C,), or None.
         moving_mean, moving_variance: tensors of shape (C,) that a call replaces, or None.
     """
 
-    def __init__(self, spec: BatchNormSpec, state: BatchNormState[NDArray]) -> None:
+    def __init__(self, spec: BatchNormSpec, state: BatchNormState[NDArray], device: str | None = None) -> None:
         self.spec = spec
+        self.device = device
         self.load(state)
 
     def load(self, state: BatchNormState[NDArray]) -> None:
         """Take over a state that fits the spec; what it has counted is lost."""
-        self.gamma = None if state.gamma is None else tf.Variable(state.gamma)
-        self.beta = None if state.beta is None else tf.Variable(state.beta)
-        self.moving_mean = None if state.moving_mean is None else tf.constant(state.moving_mean)
-        self.moving_variance = None if state.moving_variance is None else tf.constant(state.moving_variance)
+        with tf.device(self.device):
+            self.gamma = None if state.gamma is None else tf.Variable(tf.constant(state.gamma))
+            self.beta = None if state.beta is None else tf.Variable(tf.constant(state.beta))
+            self.moving_mean = None if state.moving_mean is None else tf.constant(state.moving_mean)
+            self.moving_variance = None if state.moving_variance is None else tf.constant(state.moving_variance)
 
     @property
     def parameters(self) -> dict[str, tf.Variable]:

@@ -27,7 +27,7 @@ from bnlayer.state import BatchNormState
 from .layer import BatchNorm
 from .step import run_layer
 
-TIMEOUT = 120.0  # seconds for one step, starting TensorFlow included
+TIMEOUT = 240.0  # seconds for one step, starting TensorFlow included
 _LEAST = 4  # devices of the second process: enough for most requests, so that it is started once
 
 

@@ -52,7 +52,7 @@ def run_calls(
     xs = [tf.constant(call.x) for call in calls]
     ws = [None if call.weights is None else tf.constant(call.weights) for call in calls]
     real = {i: w for i, w in enumerate(ws) if w is not None and w.dtype.is_floating}
-    directions = {i: tf.constant(call.direction) for i, call in enumerate(calls) if call.direction is not None}
+    directions = {i: call.direction for i, call in enumerate(calls) if call.direction is not None}
     with tf.GradientTape() if directions else nullcontext() as outer:
         if outer is not None:
             outer.watch(xs)
@@ -65,20 +65,12 @@ def run_calls(
             "ws": {i: w for i, w in real.items() if i in asked},
             "parameters": dict(parameters) if asked else {},
         }
-        first = tape.gradient(
-            [ys[i] for i in asked],
-            sources,
-            output_gradients=[tf.constant(calls[i].dy) for i in asked],
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )
+        dys: list[Any] = [calls[i].dy for i in asked]
+        first = _gradients(tape, [ys[i] for i in asked], sources, dys)
     hvps: dict[int, tf.Tensor] = {}
     if outer is not None:
-        hvps = outer.gradient(
-            [first["xs"][i] for i in directions],
-            {i: xs[i] for i in directions},
-            output_gradients=list(directions.values()),
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )
+        dxs = [first["xs"][i] for i in directions]
+        hvps = _gradients(outer, dxs, {i: xs[i] for i in directions}, list(directions.values()))
     outcomes = tuple(
         CallOutcome(
             y.numpy(), dx=_numpy(first["xs"].get(i)), dweights=_numpy(first["ws"].get(i)), hvp=_numpy(hvps.get(i))
@@ -92,6 +84,13 @@ def read_state(layer: BatchNorm) -> BatchNormState[NDArray]:
     """A copy of the layer's state; in a replica, of its own."""
     arrays = {name: np.array(tf.convert_to_tensor(variable)) for name, variable in layer.state.arrays().items()}
     return BatchNormState(**arrays, num_updates=int(tf.convert_to_tensor(layer.num_updates)))
+
+
+def _gradients(tape: Any, targets: list[tf.Tensor], sources: dict[Any, Any], along: list[Any]) -> Any:
+    """Of the sum of the targets along these directions, in the structure of the sources; 0 where nothing depends."""
+    along = [tf.constant(direction) for direction in along]
+    zero = tf.UnconnectedGradients.ZERO
+    return tape.gradient(targets, sources, output_gradients=along, unconnected_gradients=zero)
 
 
 def _numpy(tensor: Any) -> NDArray | None:
