@@ -113,13 +113,17 @@ def _record(name: str, layer: nnx.BatchNorm) -> LayerRecord:
 
 
 def _children(node: Any) -> Iterator[tuple[str, Any]]:
-    """What a module or container holds, by name, in its own order."""
+    """What a module or container holds, by name, in Flax's own order: attributes sorted, for their order changes where
+    Flax updates a module, and with it which of a shared layer's names is the first."""
     from flax import nnx
 
     if isinstance(node, nnx.Module):
-        yield from ((name, value) for name, value in vars(node).items() if not name.startswith("_pytree__"))
+        names = [name for name in vars(node) if not name.startswith("_pytree__")]
+        # Those of an nnx.List are numbers.
+        for name in sorted(names, key=lambda name: (int(name) if name.isdecimal() else -1, name)):
+            yield name, vars(node)[name]
     elif isinstance(node, dict):
-        yield from ((str(key), value) for key, value in node.items())
+        yield from sorted(((str(key), value) for key, value in node.items()), key=lambda item: item[0])
     elif isinstance(node, (list, tuple)):
         yield from ((str(index), value) for index, value in enumerate(node))
 
