@@ -63,7 +63,8 @@ def batch_norm(
       `synchronized` says: XLA puts in the all-reduces that this takes.
 
     Args:
-        x: float array of rank 2 or more, `spec.num_features` long on `spec.axis`. float64 needs x64.
+        x: float array of rank 2 or more, `spec.num_features` long on `spec.axis`. float64 needs x64. In eval a length
+            may be a symbol of `jax.export`.
         state: parameters and moving statistics, of JAX arrays (a pytree, its counter an integer leaf); not modified.
         spec: what the layer is.
         training: batch statistics if True, moving ones if False.
@@ -92,17 +93,23 @@ def batch_norm(
     given = x if isinstance(x, (jax.Array, np.ndarray)) else jnp.asarray(x)
     plan = plan_call(
         spec,
-        given.shape,
+        [length if isinstance(length, int) else None for length in given.shape],  # jax.export has symbols for lengths
         given.dtype.name,
         training=training,
         update_stats=update_stats,
         weights_shape=None if weights is None else jnp.shape(weights),
         adjustment_shapes=None if adjustment is None else _shapes_of(adjustment),
     )
+    if plan.count is None and (plan.batch_statistics or weights is not None):
+        raise InputError(
+            f"batch statistics and weights need lengths that are numbers; got x with shape {given.shape}. Export with"
+            " training=False and without weights, or with numbers."
+        )
     clips = read_clips(spec, renorm_clips)
     replicas = replicas_of(axis_name, spec, plan.synchronized)
-    if plan.synchronized and plan.count is not None:
+    if plan.synchronized:
         everywhere = "" if replicas is None else f" on each of {replicas.number} replicas"
+        assert plan.count is not None
         count = plan.count if replicas is None else plan.count * replicas.number
         refuse_single_value(spec, count, f"batch; got x with shape {given.shape}{everywhere}")
     check_names_and_shapes(state, spec)
@@ -137,7 +144,7 @@ def _normalized_and_updated(
     replicas: Replicas | None,
 ) -> tuple[jax.Array, BatchNormState[jax.Array]]:
     """y and the state after, for x and the adjustment in the plan's arithmetic."""
-    groups = groups_of(spec, plan, len(x))
+    groups = groups_of(spec, plan, x.shape[0])
     related_weights = None if weights is None else related(weights, plan, groups, replicas)
     x = groups.split(x)
     # A position without weight may hold anything; what is not finite there must not reach a sum, nor may a gradient

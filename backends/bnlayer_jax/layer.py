@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from types import EllipsisType
 from typing import Any
 
 import jax
+from jax import export
 from jax.typing import ArrayLike
 
 from bnlayer.call import trains
@@ -172,3 +174,18 @@ def _parts(layer: BatchNorm) -> tuple[tuple[tuple[Any, Any]], Static]:
 
 
 jax.tree_util.register_pytree_with_keys(BatchNorm, _parts, _assembled)
+
+
+def _to_bytes(static: Static) -> bytes:
+    spec, frozen, axis = static
+    return json.dumps([spec.to_dict(), frozen, axis], allow_nan=False).encode()
+
+
+def _from_bytes(data: bytes) -> Static:
+    spec, frozen, axis = json.loads(data)
+    return BatchNormSpec.from_dict(spec), frozen, tuple(axis) if isinstance(axis, list) else axis
+
+
+export.register_pytree_node_serialization(
+    BatchNorm, serialized_name="bnlayer_jax.BatchNorm", serialize_auxdata=_to_bytes, deserialize_auxdata=_from_bytes
+)
