@@ -82,7 +82,7 @@ def run_calls(
 
 def read_state(layer: BatchNorm) -> BatchNormState[NDArray]:
     """A copy of the layer's state; in a replica, of its own."""
-    arrays = {name: np.array(tf.convert_to_tensor(variable)) for name, variable in layer.state.arrays().items()}
+    arrays = {name: np.array(tf.convert_to_tensor(v).numpy()) for name, v in layer.state.arrays().items()}
     return BatchNormState(**arrays, num_updates=int(tf.convert_to_tensor(layer.num_updates)))
 
 
