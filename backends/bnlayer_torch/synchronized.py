@@ -27,7 +27,7 @@ from .weights import Weights
 T = TypeVar("T")
 
 # What a row begins with; shift, mean about the shift, and variance of each channel follow.
-_COUNT, _LARGEST, _TOTAL, _SQUARES, _POSITIVE, _HEAD = range(6)
+_COUNT, _LARGEST, _TOTAL, _SQUARES, _HEAD = range(5)
 _REFUSED: Final = -1.0  # in place of the count
 
 
@@ -137,12 +137,12 @@ def _row(x: Tensor, plan: CallPlan, weights: Tensor | None, read: Weights | None
     if plan.count == 0:
         return row
     assert plan.count is not None
-    row[:_HEAD] = torch.tensor([plan.count, 1, plan.count, plan.count, plan.count], dtype=torch.float64)
+    row[:_HEAD] = torch.tensor([plan.count, 1, plan.count, plan.count], dtype=torch.float64)
     if weights is not None and read is not None:
         spread = plan.count // weights.numel()  # positions of x that one weight stands for
         relative = weights.to(row.dtype) / torch.where(read.largest == 0, 1.0, read.largest)
-        squares, positive = torch.square(relative).sum() * spread, read.positive.sum() * spread
-        row[_LARGEST:_HEAD] = torch.stack([read.largest.squeeze(), read.total.squeeze(), squares, positive])
+        squares = torch.square(relative).sum() * spread
+        row[_LARGEST:_HEAD] = torch.stack([read.largest.squeeze(), read.total.squeeze(), squares])
     row[_HEAD:] = torch.cat(shifted_moments(x, plan, read))
     return row
 
@@ -164,7 +164,7 @@ def _merged(
     the rows (Chan, Golub & LeVeque, "Algorithms for Computing the Sample Variance", 1983), their derivatives from x.
     """
     features = plan.channel_shape[plan.axis]
-    _, largest, total, squares, positive = table[:, :_HEAD].unbind(1)
+    _, largest, total, squares = table[:, :_HEAD].unbind(1)
     shifts, means, variances = torch.unflatten(table[:, _HEAD:], 1, (3, features)).unbind(1)
     unit = largest.amax()
     ratio = largest / unit
@@ -180,7 +180,7 @@ def _merged(
     variance = second - torch.square(moved)
     variance = variance - variance.detach().clamp(max=0.0)  # no rounding makes it negative; its gradient stays
     rest = 1.0 - (squares * torch.square(ratio)).sum() / torch.square(s0)
-    single = (rest <= 0) | (positive.sum() == 1)
+    single = rest <= 0  # in units of the largest a single weight is 1, so nothing is rounded here
     bessel = torch.where(single, 0.0, 1.0 / torch.where(single, 1.0, rest))
     unbiased = torch.where(single, 0.0, variance.detach() * bessel)  # not 0 times what may not be finite
     return Moments((s + moved).to(x.dtype), variance.to(x.dtype), unbiased.to(x.dtype))
