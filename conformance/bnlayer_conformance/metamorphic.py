@@ -111,7 +111,8 @@ class Bench:
         for request in (None, *requests):
             reason = self.backend.unsupported(spec, request)
             if reason is not None:
-                asked = self.backend.unsupported(self.spec) is None
+                plain = Request((Call(self.x),), training=True)
+                asked = self.backend.unsupported(self.spec, plain) is None
                 raise CannotSay(reason, asked=asked)
         layer, outcomes = self.backend.build(spec, state, device=self.device), []
         for request in requests:
@@ -253,7 +254,7 @@ def gradient_sums_to_zero(bench: Bench) -> Iterator[Finding]:
 
 
 def hvp_sums_to_zero(bench: Bench) -> Iterator[Finding]:
-    """So is that of the second order, along any direction."""
+    """Sum of hvp over a channel is 0 in training, along any direction."""
     bench.need("hvp")
     direction = bench.normal()
     hvp = bench.run(direction=direction).calls[0].hvp
@@ -261,7 +262,7 @@ def hvp_sums_to_zero(bench: Bench) -> Iterator[Finding]:
 
 
 def hvp_is_symmetric(bench: Bench) -> Iterator[Finding]:
-    """<u, H v> = <v, H u>: the second derivative does not ask which direction came first."""
+    """u · H v = v · H u: the second derivative does not ask which direction came first."""
     bench.need("hvp")
     u, v = bench.normal(), bench.normal()
     of_u, of_v = (bench.run(direction=direction).calls[0].hvp for direction in (u, v))

@@ -196,6 +196,59 @@ def test_metamorphic_checks_pass_on_the_base_and_catch_a_detached_mean() -> None
     assert "metamorphic/gradient-sums-to-zero" in {r.vector for r in results if r.status == "fail"}
 
 
+@pytest.mark.parametrize(
+    "only",
+    [
+        {"axis": (1,), "moving_variance_estimator": ("unbiased",), "zero_debias": ("none",)},
+        {"axis": (-1, 2), "moving_variance_estimator": ("biased",), "zero_debias": ("all",)},
+        {"axis": (-1,), "moving_variance_estimator": ("unbiased",), "rank": (4,)},
+    ],
+)
+def test_metamorphic_checks_find_a_setting_that_the_target_has_words_for(only: Any) -> None:
+    class Narrow(Base):
+        def unsupported(self, spec: Any, request: Request | None = None) -> str | None:
+            ranks = only.get("rank", (2, 3, 4))
+            if request is not None and request.calls[0].x.ndim not in ranks:
+                return "rank: images only"
+            if request is not None and request.calls[0].weights is not None:
+                return "weights: it takes none"
+            fields = {name: values for name, values in only.items() if name != "rank"}
+            return next((f"{n}: no choice" for n, values in fields.items() if getattr(spec, n) not in values), None)
+
+    results = {r.vector: r for r in metamorphic.run(metamorphic.names(), runner.Target("narrow", Narrow(), "1"))}
+    unsupported = {name: r.reason for name, r in results.items() if r.status == "unsupported"}
+    masks = dict.fromkeys(("metamorphic/mask-drops-rows", "metamorphic/weights-repeat-rows"), "weights: it takes none")
+    assert {name: unsupported.pop(name) for name in masks} == masks
+    # decay 1 goes with no zero-debiased average.
+    assert set(unsupported) == ({"metamorphic/decay-one"} if only.get("zero_debias") == ("all",) else set())
+    assert [(r.vector, r.reason) for r in results.values() if r.status not in ("pass", "unsupported")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("the variance's mean is a constant", "hvp-sums-to-zero"),
+        ("sum of dy xhat is a constant of the second order", "hvp-is-symmetric"),
+        ("variance between replicas ignored", "shards-are-the-whole"),
+        ("backward without the all-reduce", "shards-are-the-whole"),
+        ("always biased", "weights-repeat-rows"),
+    ],
+)
+def test_metamorphic_checks_of_the_second_order_and_of_shards_catch_mutants(name: str, check: str) -> None:
+    from bnlayer_conformance.mutants.build import build
+    from bnlayer_conformance.mutants.catalogue import MUTANTS
+
+    (mutant,) = [m for m in MUTANTS if m.name == name]
+    backend = build(mutant)
+    if name == "always biased":  # it is right where it was asked for biased
+        allowed = backend.unsupported
+        backend.unsupported = lambda spec, request=None: (
+            "estimator" if spec.moving_variance_estimator == "biased" else allowed(spec, request)
+        )
+    (result,) = metamorphic.run([f"metamorphic/{check}"], runner.Target("mutant", backend, "1"))
+    assert result.status == "fail"
+
+
 def _failed(vector_id: str, *observables: str) -> runner.Result:
     failures = tuple(Finding(name, 10.0, 1.0, 0.1, f"{name} differs") for name in observables)
     return replace(
