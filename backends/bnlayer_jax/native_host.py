@@ -49,8 +49,8 @@ class NativeHost(ABC):
     name: ClassVar[str]
     library: ClassVar[str]
     missing: ClassVar[Missing]
-    forgets: ClassVar[bool] = True  # whether a caller may keep the variables from before a call
-    counts: ClassVar[bool] = False
+    functional: ClassVar[bool] = True  # the caller holds the variables, and may keep those from before a call
+    counts: ClassVar[bool] = False  # there is a variable from which `num_updates` can be told
 
     @property
     def deviations(self) -> Path:
@@ -121,7 +121,7 @@ class NativeHost(ABC):
         reason = self.missing.reason(spec, request) or self.lacks_of(spec)
         if reason is not None or request is None:
             return reason
-        if not self.forgets and not request.update_stats and request.training:
+        if not self.functional and not request.update_stats and request.training:
             return f"update_stats: {self.name} always updates in training"
         return next((why for call in request.calls if (why := self.lacks_in(spec, call)) is not None), None)
 

@@ -20,7 +20,7 @@ class FlaxNNX(FlaxHost):
     """flax.nnx.BatchNorm; it changes its own variables, so that every training call updates."""
 
     name = "flax.nnx"
-    forgets = False
+    functional = False
 
     def module(self, spec: BatchNormSpec) -> Any:
         from flax import nnx
