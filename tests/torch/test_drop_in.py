@@ -301,7 +301,7 @@ def test_fusers_that_go_by_the_exact_class_leave_it_or_refuse_it() -> None:
     model = small_model(trained(BatchNorm2d(4), 8, 4, 3, 3))
     x = normal(2, 2, 6, 6)
     torch.testing.assert_close(optimization.fuse(model)(x), model(x))
-    with pytest.raises((AssertionError, NotImplementedError), match="BatchNorm2d|Cannot fuse"):
+    with pytest.raises((AssertionError, NotImplementedError), match=r"BatchNorm2d|Cannot fuse"):
         torch.ao.quantization.fuse_modules(model, [["0", "1"]])
     # Told what it may fuse, it does; or the model goes back to torch.nn's layers first (bnlayer.convert).
     known = {"additional_fuser_method_mapping": {(nn.Conv2d, BatchNorm2d): torch.ao.quantization.fuse_conv_bn}}
