@@ -256,9 +256,9 @@ def _largest(failures: Sequence[tuple[str, dict[str, Any]]]) -> str:
     if worst["short"]:
         size = linked(worst["short"])
     elif worst["ratio"] is None:  # the tolerance was 0: the exact value was asked for
-        size = f"{worst['error']:.2g}"
+        size = f"{worst['error']:.3g}"
     else:
-        size = f"{worst['error']:.2g}, {_times(worst['ratio'])} the tolerance"
+        size = f"{worst['error']:.3g}, {_times(worst['ratio'])} the tolerance"
     place = "" if worst["observable"] in ("error", "refusal") else f" in `{worst['observable']}`"
     return f"{size}{place} (`{name}`)"
 
