@@ -46,7 +46,7 @@ MAY_ALSO_IMPORT = {
         ("test_*.py", {"pytest"}),
         ("oracle.py", {"mpmath"}),
         ("authoring/*", {"mpmath", "jsonschema"}),
-    ]
+    ],
 }
 # Of another backend, only its function: as an attribute of the package or from its module.
 ANOTHERS = {"", "function"}
