@@ -77,7 +77,7 @@ def _in_attributes(holder: Any, new: dict[int, Any]) -> None:
     locked = holder._tracker.locked
     holder._tracker.unlock()
     for name, value in named.items():
-        if name not in _NOT_ATTRIBUTES:
+        if name not in _NOT_ATTRIBUTES and not name.startswith("_self_"):  # TensorFlow's notes; `setattr` writes them
             changed = _changed(value, new)
             if changed is not value:
                 setattr(holder, name, changed)
@@ -89,9 +89,9 @@ def _changed(value: Any, new: dict[int, Any]) -> Any:
     """The value with new layers for old; lists and dicts are changed in place."""
     if id(value) in new:
         return new[id(value)]
-    if isinstance(value, list):
+    if type(value) in (list, tracking.TrackedList):  # TensorFlow's wrappers derive from these, and hold no layers here
         _in_list(value, new)
-    elif isinstance(value, dict):
+    elif type(value) in (dict, tracking.TrackedDict):
         for key, each in value.items():
             dict.__setitem__(value, key, _changed(each, new))  # Keras's own would track it, at the end of the list
     elif isinstance(value, tuple):
@@ -103,4 +103,6 @@ def _changed(value: Any, new: dict[int, Any]) -> Any:
 
 def _in_list(layers: list[Any], new: dict[int, Any]) -> None:
     for i, each in enumerate(layers):
-        list.__setitem__(layers, i, _changed(each, new))
+        changed = _changed(each, new)
+        if changed is not each:
+            list.__setitem__(layers, i, changed)

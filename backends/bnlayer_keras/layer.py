@@ -78,7 +78,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         renorm: batch renormalization, with the three weights that it has in Keras.
         renorm_clipping: "rmax", "rmin" and "dmax" to numbers; None, or a missing key, is no clip.
         renorm_momentum: weight on the OLD renorm averages.
-        synchronized: taken for the sake of existing configs; refused when switched on.
+        synchronized: batch statistics over all replicas: those of `tf.distribute` on TensorFlow and of
+            torch.distributed's default group on PyTorch, unless there is none. On JAX Keras's arrays are global, and so
+            are the statistics whether this is set or not.
         virtual_batch_size: rows of a ghost batch, each normalized by its own statistics in training; None for none.
         virtual_batch_layout, zero_debias: see `bnlayer.BatchNormSpec`. zero_debias adds its hidden averages and the
             counter to the weights.
@@ -301,10 +303,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
             adjustment=None if adjustment is None else _tensors(adjustment, inputs.dtype),
             renorm_clips=renorm_clips,
         )
-        if after is not before:
-            for name, array in after.arrays().items():
+        # Also where nothing has changed, as by an empty batch: what a replica assigns, TensorFlow wants all to assign.
+        if learns and update_stats and spec.track_moving_stats:
+            for name in array_names(spec):
                 if name not in ("gamma", "beta"):
-                    getattr(self, name).assign(array)
+                    getattr(self, name).assign(getattr(after, name))
             self.num_updates.assign(after.num_updates)
         return y
 
