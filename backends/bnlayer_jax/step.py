@@ -135,7 +135,8 @@ def _step(layer: BatchNorm, inputs: list[StepInput], clips: Clips, *, training: 
         second = [dx if call.direction is not None else None for call, (dx, _) in zip(reached, change, strict=True)]
     else:
         (parameters, calls), aside = backward(xs)
-    return *aside, StepGradients(parameters, calls, second)
+    ys, after = aside
+    return ys, after, StepGradients(parameters, calls, second)
 
 
 def _of_present(weights: Any, present: Any) -> Any:
