@@ -76,13 +76,18 @@ def test_exported_programs_run_to_the_same_numbers_and_statistics(arguments: dic
         torch.testing.assert_close(run.get_buffer(name), buffer, msg=name)
 
 
-def test_exported_for_any_number_of_rows() -> None:
-    module = trained(BatchNorm(BatchNormSpec(3)), normal(8, 4, 3))
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("arguments", [{}, {"moving_variance_estimator": "biased"}, {"zero_debias": "all"}], ids=str)
+def test_exported_for_any_number_of_rows(arguments: dict[str, Any], training: bool) -> None:
+    module = trained(BatchNorm1d(3, **arguments), normal(8, 3, 4)).train(training)
     reference = copy.deepcopy(module)
     rows = torch.export.Dim("rows", min=2, max=64)
-    run = torch.export.export(module, (normal(8, 4, 3),), dynamic_shapes=({0: rows},), strict=False).module()
+    program = torch.export.export(module, (normal(8, 3, 4),), dynamic_shapes=({0: rows},), strict=False)
+    run = program.module()
     for n in (2, 8, 13):
-        torch.testing.assert_close(run(normal(n, 4, 3)), reference(normal(n, 4, 3)))
+        torch.testing.assert_close(run(normal(n, 3, 4)), reference(normal(n, 3, 4)))
+    for name, buffer in reference.named_buffers():
+        torch.testing.assert_close(run.get_buffer(name), buffer, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -202,7 +207,7 @@ def test_onnx_files_compute_what_the_layer_does(arguments: dict[str, Any], train
     module = trained(BatchNorm2d(3, **arguments), x)
     wanted = copy.deepcopy(module).train(training)(x).detach()
     model = to_onnx(module, x, training=training)
-    if "virtual_batch_size" not in arguments or not training:
+    if not training or not {"virtual_batch_size", "renorm"} & set(arguments):
         # Where the batch normalizes, in training or because nothing is tracked, the file says so.
         tracked = arguments.get("track_running_stats", True)
         assert attributes(model)["training_mode"] == (training or not tracked)
