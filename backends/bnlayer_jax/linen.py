@@ -201,7 +201,9 @@ def call_on(
     y, after = normalized(
         x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32),
         BatchNormState(**held, num_updates=counter),
-        spec.replace(synchronized=False) if initializing else spec,
+        spec.replace(synchronized=False, single_value="allow")
+        if initializing
+        else spec,  # what comes out is thrown away
         is_example=is_example,
         training=trains(spec, not use_running_average, fields.frozen_statistics),
         dtype=canonicalize_dtype(x, *parameters, dtype=module.dtype),

