@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from bnlayer.contract import NDArray, Outcome, Request
 from bnlayer.errors import BatchNormError
@@ -237,7 +237,8 @@ def serve(rank: int, size: int, folder: str) -> None:
         except EOFError:
             break
         if replicas not in groups:  # every process of the pool has to make every group
-            groups[replicas] = dist.new_group(list(range(replicas)))
+            group: Any = dist.new_group(list(range(replicas)))
+            groups[replicas] = group
         if job is None:
             continue
         answer: Outcome | Exception
