@@ -238,7 +238,7 @@ class Module(TorchBatchNorm):
         """Normalize `input`, and in training update the moving statistics.
 
         Inside of a backward pass nothing is updated: a call there computes again what already was (activation
-        checkpointing).
+        checkpointing). What torch.compile has compiled cannot tell: compile what contains the checkpoint.
 
         Args:
             input: float tensor, `num_features` long on the channel axis.

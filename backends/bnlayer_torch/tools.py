@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -21,22 +22,31 @@ _FUSERS: Final = ("fuse_conv_bn_eval", "fuse_linear_bn_eval")  # torch.nn.utils.
 _SYNCHRONIZER: Final = "convert_sync_batchnorm"  # torch.nn.SyncBatchNorm's
 
 
-def refuse_loss(module: Module, what: str) -> None:
+def _is_torchs(frame: FrameType, *names: str) -> bool:
+    module = str(frame.f_globals.get("__name__"))
+    return frame.f_code.co_name in names and module.split(".")[0] == "torch"
+
+
+def refuse_loss(module: Module, what: str, instead: str = "") -> None:
     """Refuse a module that torch.nn's with the same attributes and tensors would not equal.
 
     Args:
         module: ours.
         what: what would make it torch.nn's, for the message.
+        instead: what to do about it, where there is more than not to have it.
 
     Raises:
         UnsupportedError: names what would be lost.
     """
+    hint = f" {instead}." if instead else ""
     if module.frozen_statistics:
-        raise UnsupportedError(f"{what} would lose frozen_statistics, which torch.nn does not have; set it to False.")
+        raise UnsupportedError(
+            f"{what} would lose frozen_statistics, which torch.nn does not have; set it to False.{hint}"
+        )
     try:
         module.spec.replace(synchronized=False).to_dialect("torch")
     except DialectError as error:
-        raise UnsupportedError(f"{what} would lose what torch.nn does not have: {error}") from error
+        raise UnsupportedError(f"{what} would lose what torch.nn does not have: {error}{hint}") from error
 
 
 class Qconfig:
@@ -47,8 +57,12 @@ class Qconfig:
     """
 
     def __get__(self, module: Module | None, owner: type) -> Any:
-        if module is not None and sys._getframe(1).f_code.co_name == _SYNCHRONIZER:
-            refuse_loss(module, "torch.nn.SyncBatchNorm.convert_sync_batchnorm")
+        if module is not None and _is_torchs(sys._getframe(1), _SYNCHRONIZER):
+            refuse_loss(
+                module,
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm",
+                "bnlayer_torch.convert_sync_batchnorm keeps all",
+            )
         raise AttributeError("qconfig")
 
 
@@ -58,7 +72,7 @@ def refuse_fusing(axis: int) -> None:
     Raises:
         UnsupportedError: such a fuser reads it.
     """
-    if not torch.compiler.is_compiling() and sys._getframe(2).f_code.co_name in _FUSERS:
+    if not torch.compiler.is_compiling() and _is_torchs(sys._getframe(2), *_FUSERS):
         raise UnsupportedError(f"torch fuses batch norms with the channel axis 1 only; axis is {axis}.")
 
 

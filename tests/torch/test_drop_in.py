@@ -324,7 +324,7 @@ def test_torchs_sync_conversion_keeps_what_torch_can_say(arguments: dict[str, An
 
 @pytest.mark.parametrize(("field", "arguments"), BEYOND, ids=[n for n, _ in BEYOND])
 def test_torchs_sync_conversion_refuses_what_it_would_lose(field: str, arguments: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match=f"convert_sync_batchnorm would lose .*{field}"):
+    with pytest.raises(UnsupportedError, match=f"would lose .*{field}.*bnlayer_torch.convert_sync_batchnorm"):
         nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(BatchNorm2d(3, **arguments)))
 
 
@@ -339,6 +339,11 @@ def test_torchs_sync_conversion_refuses_other_axes_and_frozen_statistics() -> No
     assert not hasattr(layer, "qconfig")  # any other question has torch's answer
     layer.qconfig = "mine"
     assert layer.qconfig == "mine"
+
+    def convert_sync_batchnorm(module: Any) -> bool:  # somebody else's, of the same name
+        return hasattr(module, "qconfig")
+
+    assert not convert_sync_batchnorm(BatchNorm2d(3, single_value="allow"))
     del layer.qconfig
     assert not hasattr(layer, "qconfig")
 
