@@ -198,12 +198,12 @@ def call_on(
         stats_dtype=held["moving_mean"].dtype.name if "moving_mean" in held else created.stats_dtype,
     )
     initializing = module.is_initializing()
+    if initializing:  # what comes out is thrown away, and x is a sample
+        spec = spec.replace(synchronized=False, single_value="allow")
     y, after = normalized(
         x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32),
         BatchNormState(**held, num_updates=counter),
-        spec.replace(synchronized=False, single_value="allow")
-        if initializing
-        else spec,  # what comes out is thrown away
+        spec,
         is_example=is_example,
         training=trains(spec, not use_running_average, fields.frozen_statistics),
         dtype=canonicalize_dtype(x, *parameters, dtype=module.dtype),

@@ -48,6 +48,10 @@ class Places:
 
     every: tuple[Place, ...]
 
+    def __hash__(self) -> int:
+        """Of what is always hashable: a layer's `axis` may be a list."""
+        return hash(tuple((place.path, place.channels) for place in self.every))
+
     def at(self, path: Path) -> nn.BatchNorm | None:
         """What runs at this path; None where nothing was put."""
         return next((place.layer for place in self.every if place.path == path), None)

@@ -108,4 +108,4 @@ def _record(name: str, layer: Any, state: Any) -> LayerRecord:
     return LayerRecord(name, layer, kind, spec, learned)
 
 
-MODELS = EquinoxModels()
+ADAPTER = EquinoxModels()

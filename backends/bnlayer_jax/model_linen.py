@@ -148,4 +148,4 @@ def _record(path: Path, place: Place | None, variables: Mapping[str, Any]) -> La
     return LayerRecord(name, layer, kind, spec, numpy_state(arrays, counter))
 
 
-MODELS = LinenModels()
+ADAPTER = LinenModels()

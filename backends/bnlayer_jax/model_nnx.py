@@ -65,7 +65,7 @@ class NnxModels:
 
     def replace(self, model: nnx.Module, layers: Mapping[str, Any]) -> Any:
         new = {id(record.layer): layers[record.name] for record in self.batch_norms(model) if record.name in layers}
-        return _replaced(model, lambda value: new.get(id(value), value), set())
+        return _replaced(model, lambda value: new.get(id(value), value), {})
 
     def freeze(self, model: nnx.Module, names: Collection[str], frozen: bool, part: Part) -> nnx.Module:
         chosen = [record for record in self.batch_norms(model) if record.name in names]
@@ -117,15 +117,12 @@ def _children(node: Any) -> Iterator[tuple[str, Any]]:
     Flax updates a module, and with it which of a shared layer's names is the first."""
     from flax import nnx
 
-    if isinstance(node, nnx.Module):
-        names = [name for name in vars(node) if not name.startswith("_pytree__")]
-        # Those of an nnx.List are numbers.
-        for name in sorted(names, key=lambda name: (int(name) if name.isdecimal() else -1, name)):
-            yield name, vars(node)[name]
+    if isinstance(node, (nnx.List, list, tuple)):
+        yield from ((str(index), value) for index, value in enumerate(node))
+    elif isinstance(node, nnx.Module):
+        yield from ((name, vars(node)[name]) for name in sorted(vars(node)) if not name.startswith("_pytree__"))
     elif isinstance(node, dict):
         yield from sorted(((str(key), value) for key, value in node.items()), key=lambda item: item[0])
-    elif isinstance(node, (list, tuple)):
-        yield from ((str(index), value) for index, value in enumerate(node))
 
 
 def _held(node: Any, path: tuple[str, ...], seen: set[int] | None = None) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -139,29 +136,36 @@ def _held(node: Any, path: tuple[str, ...], seen: set[int] | None = None) -> Ite
         yield from _held(child, (*path, name), seen)
 
 
-def _replaced(node: Any, rebuild: Rebuild, seen: set[int]) -> Any:
-    """`node` with other layers in it: the same object, but for a tuple that held one, or where it is one itself."""
+def _replaced(node: Any, rebuild: Rebuild, done: dict[int, tuple[Any, Any]]) -> Any:
+    """`node` with other layers in it: the same object, but for a tuple that held one, or where it is one itself.
+
+    Args:
+        node: a module, a container, or anything else.
+        rebuild: what stands in a layer's place.
+        done: the results for what the model holds several times; with the originals, whose ids so stay theirs.
+    """
     from flax import nnx
 
     changed = rebuild(node)
-    if changed is not node or id(node) in seen:
-        return changed
-    seen.add(id(node))
-    after = {name: (value, _replaced(value, rebuild, seen)) for name, value in _children(node)}
+    if changed is not node or id(node) in done:
+        return done[id(node)][1] if changed is node else changed
+    done[id(node)] = node, node
+    after = {name: (value, _replaced(value, rebuild, done)) for name, value in _children(node)}
     moved = {name: new for name, (old, new) in after.items() if new is not old}
     if not moved:
         return node
-    if isinstance(node, nnx.Module):
+    if isinstance(node, (nnx.List, list)):
+        for name, value in moved.items():
+            node[int(name)] = value
+    elif isinstance(node, nnx.Module):
         for name, value in moved.items():
             setattr(node, name, nnx.data(value))
     elif isinstance(node, dict):
         node.update({key: moved[str(key)] for key in node if str(key) in moved})
-    elif isinstance(node, list):
-        node[:] = [new for _, new in after.values()]
     else:
         values = [new for _, new in after.values()]
-        return type(node)(*values) if hasattr(node, "_fields") else tuple(values)
-    return node
+        done[id(node)] = node, type(node)(*values) if hasattr(node, "_fields") else tuple(values)
+    return done[id(node)][1]
 
 
-MODELS = NnxModels()
+ADAPTER = NnxModels()

@@ -82,7 +82,7 @@ def test_training_and_eval_agree_with_flaxs_accurate_variance(arguments: dict[st
 
 
 def test_init_does_not_update_and_asks_no_replicas() -> None:
-    layer = BatchNorm(use_running_average=False, axis_name="nowhere", single_value="allow")
+    layer = BatchNorm(use_running_average=False, axis_name="nowhere", single_value="raise")
     variables = layer.init(KEY, data()[:1, 0])
     np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
     with pytest.raises(InputError, match="'nowhere' is no mapped axis"):

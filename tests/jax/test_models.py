@@ -43,7 +43,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
 def test_the_adapters_import_no_framework() -> None:
     code = (
         "import sys, bnlayer_jax.model_nnx as a, bnlayer_jax.model_linen as b, bnlayer_jax.model_equinox as c;"
-        "assert not any(m.MODELS.owns(object()) for m in (a, b, c));"
+        "assert not any(m.ADAPTER.owns(object()) for m in (a, b, c));"
         "assert not {'jax', 'flax', 'equinox'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -219,7 +219,7 @@ class SetUp(nn.Module):
 
     def setup(self) -> None:
         self.norm = LinenNative()
-        self.many = [LinenNative(epsilon=0.1), nn.Dense(3)]
+        self.many = [LinenNative(epsilon=0.1, axis=[-1]), nn.Dense(3)]
         self.named = {"left_one": LinenNative(momentum=0.5)}
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
