@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import bnlayer_torch
-from bnlayer import SpecError
+from bnlayer import BatchNormSpec, BatchNormState, SpecError
 
 torch = pytest.importorskip("torch", reason="pip install 'bnlayer[torch]'")
 
@@ -219,3 +219,37 @@ def test_errors() -> None:
             else:
                 with pytest.raises(SpecError, match="epsilon"):
                     kind(*given.args, **given.kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_cases_of_torchs_function(dtype: Any) -> None:
+    # Left out: a rank below 2, which has no channels, and a negative momentum, which no average has.
+    module_db()  # for its stub
+    from torch.testing._internal.common_methods_invocations import sample_inputs_batch_norm
+
+    torch.manual_seed(0)
+    run = 0
+    for sample in sample_inputs_batch_norm(None, "cpu", dtype, True):
+        x, (mean, variance, weight, bias) = sample.input, (*sample.args, *[None] * 4)[:4]
+        options = {"training": False, "momentum": 0.1, "eps": 1e-5, **sample.kwargs}
+        if x.dim() < 2 or options["momentum"] < 0 or (mean is None) != (variance is None):
+            continue
+        name = {torch.float32: "float32", torch.float64: "float64"}[dtype]
+        spec = BatchNormSpec(
+            x.shape[1], axis=1, epsilon=options["eps"], decay=1 - options["momentum"], scale=weight is not None,
+            center=bias is not None, track_moving_stats=mean is not None, moving_variance_estimator="unbiased",
+            param_dtype=name, stats_dtype=name,
+        )  # fmt: skip
+        state = BatchNormState(gamma=weight, beta=bias, moving_mean=mean, moving_variance=variance)
+        y, after = bnlayer_torch.batch_norm(x, state, spec, training=options["training"])
+        moved = [None if t is None else t.clone() for t in (mean, variance)]
+        wanted = torch.nn.functional.batch_norm(x, *moved, weight, bias, **options)
+        torch.testing.assert_close(y, wanted)
+        for got, want in zip((after.moving_mean, after.moving_variance), moved, strict=True):
+            torch.testing.assert_close(got, want)
+        leaves = [t for t in (x, weight, bias) if t is not None]
+        dy = torch.cos(wanted.detach())
+        for got, want in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(wanted, leaves, dy), strict=True):
+            torch.testing.assert_close(got, want)
+        run += 1
+    assert run >= 7
