@@ -53,7 +53,8 @@ def ours_of(layer: Any) -> BatchNormalization:
     Raises:
         UnsupportedError, SpecError: its arguments have no meaning, or ask for what this runtime lacks.
     """
-    return _over(BatchNormalization, layer, layer.get_config())
+    made: BatchNormalization = _over(BatchNormalization, layer, layer.get_config())
+    return made
 
 
 def native_of(layer: BatchNormalization) -> Any:

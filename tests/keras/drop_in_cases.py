@@ -311,10 +311,7 @@ def test_exported_models_compute_the_same(tmp_path):
     archive.add_endpoint("train", lambda x: model(x, training=True), [tf.TensorSpec((None, 5, 3))])
     archive.write_out(tmp_path / "training", verbose=False)
     loaded = tf.saved_model.load(tmp_path / "training")
-    before = [v.numpy() for v in loaded._all_variables]
     np.testing.assert_allclose(loaded.train(X), numbers(model(X, training=True)), rtol=1e-5, atol=1e-5)
-    moved = [not np.array_equal(old, v.numpy()) for old, v in zip(before, loaded._all_variables, strict=True)]
-    assert sum(moved) == 3  # both moving statistics and the counter
 
 
 @pytest.mark.skipif(RUNTIME != "jax", reason="only JAX's training is stateless")
