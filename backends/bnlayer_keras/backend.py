@@ -62,6 +62,7 @@ class KerasBackend:
             single_value=spec.single_value,
             nonfinite=spec.nonfinite,
             track_moving_stats=spec.track_moving_stats,
+            synchronized=spec.synchronized,
             param_dtype=spec.param_dtype,
             stats_dtype=spec.stats_dtype,
             dtype=spec.param_dtype,
