@@ -25,7 +25,7 @@ LANES = 2  # how many of the tests' commands run at a time; each takes up to abo
 SHOWING = Lock()
 
 # Frameworks that want a process of their own: they fight over threads, memory and what they patch.
-ALONE = ("torch", "tensorflow", "jax", "keras")
+ALONE = ("torch", "tensorflow", "jax", "keras", "onnx")
 # What each backend is tested with in an environment that has nothing else; Keras on the smallest of its frameworks.
 NEEDS = {
     "numpy": (),
@@ -44,15 +44,7 @@ def tests(session: nox.Session) -> None:
     """Everything: checks, tests and conformance with all frameworks in one environment, then the session `base`."""
     session.notify("base")
     install_everything(session)
-    folders = test_folders()
-    together = [str(folder) for folder in folders if folder.name not in ALONE]
-    commands = [(ENVIRONMENT, ["pytest", *together])]
-    commands += [(ENVIRONMENT, ["pytest", str(folder)]) for folder in folders if folder.name in ALONE]
-    commands.append(({**ENVIRONMENT, "KERAS_BACKEND": "tensorflow"}, ["bnlayer", "conform", "--native"]))
-    for framework in ("jax", "torch"):  # Keras runs on one framework per process
-        keras = [part for target in ("keras", "keras.layers") for part in ("--backend", target)]
-        commands.append(({**ENVIRONMENT, "KERAS_BACKEND": framework}, ["bnlayer", "conform", *keras]))
-    run_all(session, commands + CHECKS, lanes=LANES)
+    run_all(session, pytests() + conform_runs() + CHECKS, lanes=LANES)
 
 
 @nox.session
@@ -110,10 +102,26 @@ def requirements(group: str, names: tuple[str, ...]) -> list[str]:
     return [line for line in listed if line.split(">=")[0] in names]
 
 
-def test_folders() -> list[Path]:
-    """The folders of tests/ that hold tests."""
-    folders = (path for path in sorted((ROOT / "tests").iterdir()) if path.is_dir())
-    return [folder for folder in folders if any(folder.rglob("test_*.py"))]
+def pytests() -> list[Command]:
+    """The folders of tests/ that hold tests: those that need it in processes of their own."""
+    folders = (path for path in sorted((ROOT / "tests").iterdir()) if path.is_dir() and any(path.rglob("test_*.py")))
+    alone: dict[bool, list[str]] = {True: [], False: []}
+    for folder in folders:
+        alone[folder.name in ALONE].append(str(folder))
+    return [(ENVIRONMENT, ["pytest", *alone[False]]), *((ENVIRONMENT, ["pytest", folder]) for folder in alone[True])]
+
+
+def conform_runs() -> list[Command]:
+    """The vectors on our backends and on the frameworks' own layers, in processes of about equal length."""
+    native = list(PYPROJECT["project"]["entry-points"]["bnlayer.native"])
+    on_jax = [name for name in native if name.split(".")[0] in ("flax", "equinox", "haiku")]
+    rest = [name for name in native if name not in on_jax and name != "keras.layers"]
+    runs = [("tensorflow", []), ("tensorflow", on_jax), ("tensorflow", ["keras.layers", *rest])]
+    runs += [(framework, ["keras", "keras.layers"]) for framework in ("jax", "torch")]  # Keras runs on one per process
+    return [
+        ({**ENVIRONMENT, "KERAS_BACKEND": keras}, ["bnlayer", "conform", *(p for n in names for p in ("--backend", n))])
+        for keras, names in runs
+    ]
 
 
 def run_all(session: nox.Session, commands: list[Command], *, lanes: int = 1) -> None:

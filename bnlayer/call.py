@@ -99,7 +99,7 @@ def plan_call(
     # The smallest batch whose statistics are its own: the whole, or a ghost without the remainder's extra row.
     least = count if ghosts is None or count is None or not shape[0] else count // shape[0] * (shape[0] // len(ghosts))
     synchronized = spec.synchronized and training  # no collective in eval, whatever normalizes there
-    if batch_statistics and not synchronized:
+    if batch_statistics and not synchronized and least == 1:  # no message is built for nothing, or while tracing
         whole = "batch" if ghosts is None else f"ghost batch of {spec.virtual_batch_size}"
         refuse_single_value(spec, least, f"{whole}; got x with shape {_shown(shape)}", whole)
     if adjustment_shapes is not None:

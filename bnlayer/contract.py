@@ -181,7 +181,8 @@ class LayerRecord:
         name: where it is, in the framework's own words ("layer1.0.bn1").
         layer: the object.
         kind: "bnlayer" for ours, "native" for the framework's own.
-        spec, state: what it is and holds; None where `reason` says why that cannot be told.
+        spec, state: what it is and holds; None where `reason` says why that cannot be told. A layer that is several,
+            stacked by vmap or scan, has a spec and a reason "", and no one state.
         reason: why it cannot be read or replaced (a subclass that may compute something else, a lazy layer that was
             never called); "" where it can.
     """

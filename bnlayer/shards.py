@@ -28,7 +28,7 @@ def cut(request: Request) -> list[Request]:
     assert request.shards is not None
     edges = [0, *accumulate(request.shards)]
     for call in request.calls:
-        if min(request.shards) < 0 or edges[-1] != call.x.shape[0]:
+        if min(request.shards, default=-1) < 0 or edges[-1] != call.x.shape[0]:
             raise InputError(
                 f"shards must be counts that add up to x's {call.x.shape[0]} rows; got {list(request.shards)}."
             )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from bnlayer.call import CallPlan, RenormClips, plan_call
+from bnlayer.call import CallPlan, RenormClips, plan_call, refuse_single_value
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
@@ -19,10 +19,11 @@ from .averages import updated
 from .ghosts import groups_of
 from .precision import refuse_missing_float64
 from .renorm import corrections, read_clips
+from .replicas import AxisName, Replicas, replicas_of
 from .state import check_names_and_shapes
-from .statistics import entering, group_moments
+from .statistics import entering, group_moments, replicated_moments
 from .support import MISSING
-from .weights import as_array, check_values, related
+from .weights import check_values, related, unwrapping
 
 
 class Scales(NamedTuple):
@@ -44,14 +45,26 @@ def batch_norm(
     update_stats: bool = True,
     adjustment: tuple[ArrayLike, ArrayLike] | None = None,
     renorm_clips: Mapping[str, ArrayLike | None] | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[jax.Array, BatchNormState[jax.Array]]:
     """Normalize x and update the moving statistics.
 
-    Works under jit, grad, jvp, hessian, vmap, scan and remat; `spec`, `training` and `update_stats` are static. There
-    is no custom derivative rule: what the formulas say is what JAX differentiates, to every order.
+    Works under jit, grad, jvp, hessian, vmap, scan, remat and shard_map; `spec`, `training`, `update_stats` and
+    `axis_name` are static. There is no custom derivative rule: what the formulas say is what JAX differentiates, to
+    every order.
+
+    Over several devices there are two ways, and only one of them asks `spec.synchronized`:
+
+    * Under shard_map (or vmap or pmap with an axis name) each replica sees its own rows. A synchronized layer that is
+      given the `axis_name` has the statistics of all replicas, with two all-reduces of a few numbers per channel in
+      training (a third, of one number, with real weights), one in the backward pass, and none in eval. The gradients
+      are those of the sum of the replicas' losses. Without `axis_name` the layer is one replica, for itself.
+    * Under jit, x is one array wherever its rows are. Its statistics are those of the whole array, whatever
+      `synchronized` says: XLA puts in the all-reduces that this takes.
 
     Args:
-        x: float array of rank 2 or more, `spec.num_features` long on `spec.axis`. float64 needs x64.
+        x: float array of rank 2 or more, `spec.num_features` long on `spec.axis`. float64 needs x64. In eval a length
+            may be a symbol of `jax.export`.
         state: parameters and moving statistics, of JAX arrays (a pytree, its counter an integer leaf); not modified.
         spec: what the layer is.
         training: batch statistics if True, moving ones if False.
@@ -62,12 +75,17 @@ def batch_norm(
         adjustment: (scale, bias) of the normalized values in training, each broadcastable to x; differentiable.
         renorm_clips: "r_max", "r_min" or "d_max" to a number or a scalar, which may be traced and is not checked
             then, in place of the spec's; None is no clip.
+        axis_name: the mapped axis over which the statistics of a synchronized layer are taken in training; several
+            count as one. All replicas have x's shape. Where they have fewer rows than that, the rest is padding of
+            weight 0 (`bnlayer_jax.replicas.padded`), which changes nothing; but, like every masked row, it counts as
+            rows when one value per channel is refused, since that is decided by shapes.
 
     Returns:
         y, of x's shape and dtype, and the state after, whose updated statistics carry no gradient.
 
     Raises:
-        InputError: x, the weights, the adjustment or the clips do not fit the spec.
+        InputError: x, the weights, the adjustment or the clips do not fit the spec; or `axis_name` is given to a layer
+            that is not synchronized, or is not mapped where it trains.
         StateError: the state does not fit the spec.
         UnsupportedError: the spec asks for what this backend lacks, or for float64 without x64.
     """
@@ -75,14 +93,25 @@ def batch_norm(
     given = x if isinstance(x, (jax.Array, np.ndarray)) else jnp.asarray(x)
     plan = plan_call(
         spec,
-        given.shape,
+        [length if isinstance(length, int) else None for length in given.shape],  # jax.export has symbols for lengths
         given.dtype.name,
         training=training,
         update_stats=update_stats,
         weights_shape=None if weights is None else jnp.shape(weights),
         adjustment_shapes=None if adjustment is None else _shapes_of(adjustment),
     )
+    if plan.count is None and (plan.batch_statistics or weights is not None):
+        raise InputError(
+            f"batch statistics and weights need lengths that are numbers; got x with shape {given.shape}. Export with"
+            " training=False and without weights, or with numbers."
+        )
     clips = read_clips(spec, renorm_clips)
+    replicas = replicas_of(axis_name, spec, plan.synchronized)
+    if plan.synchronized:
+        everywhere = "" if replicas is None else f" on each of {replicas.number} replicas"
+        assert plan.count is not None
+        count = plan.count if replicas is None else plan.count * replicas.number
+        refuse_single_value(spec, count, f"batch; got x with shape {given.shape}{everywhere}")
     check_names_and_shapes(state, spec)
     refuse_missing_float64(spec, given.dtype.name)  # before JAX converts x, which it would do without a word
     x = jnp.asarray(given)
@@ -95,9 +124,10 @@ def batch_norm(
         state,
         spec,
         plan,
-        weights=None if weights is None else as_array(weights),
+        weights=None if weights is None else jnp.asarray(unwrapping(weights)),
         adjustment=None if adjustment is None or not training else _widened(adjustment, plan.arithmetic),
         clips=clips,
+        replicas=replicas,
     )
     return y.astype(x.dtype), state
 
@@ -111,10 +141,11 @@ def _normalized_and_updated(
     weights: jax.Array | None,
     adjustment: tuple[jax.Array, jax.Array] | None,
     clips: RenormClips,
+    replicas: Replicas | None,
 ) -> tuple[jax.Array, BatchNormState[jax.Array]]:
     """y and the state after, for x and the adjustment in the plan's arithmetic."""
-    groups = groups_of(spec, plan, len(x))
-    related_weights = None if weights is None else related(weights, plan, groups)
+    groups = groups_of(spec, plan, x.shape[0])
+    related_weights = None if weights is None else related(weights, plan, groups, replicas)
     x = groups.split(x)
     # A position without weight may hold anything; what is not finite there must not reach a sum, nor may a gradient
     # of 0 be multiplied by it.
@@ -124,10 +155,13 @@ def _normalized_and_updated(
     rest: jax.Array | None = None
     renorm: tuple[jax.Array, jax.Array] | None = None
     if plan.batch_statistics and plan.count != 0:
-        batch = group_moments(seen, groups, related_weights)
+        if replicas is None:
+            batch = group_moments(seen, groups, related_weights)
+        else:
+            batch = replicated_moments(seen, groups, related_weights, replicas)
         # At W = 0 there are no batch statistics: y comes by the eval formula. Chosen before the square root, so that
         # no gradient of the unused branch is multiplied by infinity.
-        some = True if related_weights is None else related_weights.some
+        some = True if batch.some is None else batch.some
         if spec.renorm is not None:
             r, d = corrections(batch, state, spec, clips, groups.channel_shape)
             renorm = _where(some, r, 1), _where(some, d, 0)

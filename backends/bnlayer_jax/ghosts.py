@@ -75,7 +75,8 @@ def groups_of(spec: BatchNormSpec, plan: CallPlan, rows: int) -> Groups:
     """The groups of a call with this many rows."""
     slices, rank = plan.ghosts, len(plan.channel_shape)
     if slices is None or len(slices) == 1:  # one ghost batch is the batch
-        counts = np.full((1,) * rank, plan.count, plan.arithmetic)
+        # A length that is a symbol is there in eval only, where nothing is counted.
+        counts = np.full((1,) * rank, np.nan if plan.count is None else plan.count, plan.arithmetic)
         return Groups(None, plan.reduced, plan.channel_shape, counts, None, rows)
     axis = 1 if spec.virtual_batch_layout == "strided" else 0
     sizes = np.array([len(range(rows)[ghost]) for ghost in slices])

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.core import Tracer
 
 from bnlayer.contract import NDArray
@@ -21,6 +22,14 @@ from bnlayer.state import BatchNormState, array_dtype, array_names
 
 jax.tree_util.register_dataclass(
     BatchNormState, data_fields=[f.name for f in dataclasses.fields(BatchNormState)], meta_fields=[]
+)
+# So that a function that takes or returns a state can be exported; the auxiliary data that a dataclass without static
+# fields has is the empty tuple.
+export.register_pytree_node_serialization(
+    BatchNormState,
+    serialized_name="bnlayer.BatchNormState",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
 )
 
 

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from bnlayer.contract import Missing
 
-MISSING = Missing(fields={"synchronized": "statistics over several devices are not implemented"})
+MISSING = Missing()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from bnlayer.call import CallPlan
 from bnlayer.errors import InputError
 
 from .ghosts import Groups
+from .replicas import Replicas
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,19 +23,46 @@ class Weights:
 
     Attributes:
         positive: where the weight is above 0.
-        proportions: w/W, so that they sum to 1 over a group's positions of a channel; all 0 where its W is 0;
-            differentiable.
-        some: whether a group's W is above 0.
-        spread_out: a group's 1 - Q/W^2, that is 1 - 1/n; exactly 0 where a single position has weight, and where W
-            is 0.
+        relative: w relative to its group's largest (of all replicas); differentiable.
+        total: W, the sum of `relative` over a group's positions of a channel (on this replica); differentiable.
+        proportions: w/W, so that they sum to 1; all 0 where W is 0; differentiable.
+        spread: what 1 - Q/W^2 is made of; carries no gradient.
         shares: each group's part in the total weight of all; carries no gradient.
     """
 
     positive: jax.Array
+    relative: jax.Array
+    total: jax.Array
     proportions: jax.Array
-    some: jax.Array
-    spread_out: jax.Array
+    spread: Spread
     shares: jax.Array
+
+
+class Spread(NamedTuple):
+    """The weights of each group relative to the largest, one of these set aside on each replica that has it.
+
+    The parts of several replicas add up to those of all.
+
+    Attributes:
+        tops: how many were set aside, 1 or 0.
+        rest: the sum of the others.
+        squares: the sum of their squares.
+    """
+
+    tops: jax.Array
+    rest: jax.Array
+    squares: jax.Array
+
+    def out(self) -> jax.Array:
+        """1 - Q/W^2, that is 1 - 1/n; exactly 0 where a single position has weight, and where W is 0.
+
+        With T tops, W = T + R and W^2 - Q = T (T - 1) + 2 T R + R^2 - Q_R, whose terms do not cancel: 1 - Q/W^2 itself
+        would round to 0 under one dominant weight, and the unbiased variance to infinity.
+        """
+        tops, rest = self.tops, self.rest
+        apart = tops * (tops - 1) + (2 * tops * rest + (jnp.square(rest) - self.squares))
+        total = tops + rest
+        return apart / jnp.where(total == 0, 1, jnp.square(total))
 
 
 def check_values(weights: Any) -> None:
@@ -57,16 +85,16 @@ def check_values(weights: Any) -> None:
         raise InputError(f"weights must be not negative and finite in {held}; got {values[wrong][0]}.")
 
 
-def as_array(weights: Any) -> jax.Array:
-    """The weights as an array that JAX's integers cannot wrap: numpy's int64 counts become floats."""
+def unwrapping(weights: Any) -> Any:
+    """The weights, numpy's integers as floats: JAX would wrap what does not fit its own."""
     if isinstance(weights, np.ndarray) and weights.dtype.kind in "iu":
-        weights = weights.astype(np.float64)
-    return jnp.asarray(weights)
+        return weights.astype(np.float64)
+    return weights
 
 
-def related(weights: jax.Array, plan: CallPlan, groups: Groups) -> Weights:
+def related(weights: jax.Array, plan: CallPlan, groups: Groups, replicas: Replicas | None) -> Weights:
     """The weights in relation to their group's total. Negative or non-finite ones, seen only under a trace, make every
-    group NaN."""
+    group NaN, on every replica."""
     assert plan.weights_shape is not None
     assert plan.count is not None
     arithmetic = jnp.dtype(plan.arithmetic)
@@ -81,17 +109,19 @@ def related(weights: jax.Array, plan: CallPlan, groups: Groups) -> Weights:
     if groups.present is not None:
         values = jnp.where(groups.present, values, 0)
     largest = jax.lax.stop_gradient(_over(jnp.max, values, groups))
-    some = ~(largest <= 0)  # NaN counts as some, so that it reaches the statistics
+    if replicas is not None and weights.dtype != jnp.bool_:  # where a mask has a largest, it is 1
+        largest = replicas.largest(largest)
     # Relative to the largest, neither the total nor the squares can overflow or vanish; the ratio w/W does not
     # depend on it, so it needs no gradient.
-    relative = _quotient(values, jnp.where(some, largest, 1))
+    relative = _quotient(values, jnp.where(largest == 0, 1, largest))
     total = _over(jnp.sum, relative, groups) * spread
-    proportions = _quotient(relative, jnp.where(some, total, 1))
+    proportions = _quotient(relative, jnp.where(total == 0, 1, total))
     return Weights(
         positive=values > 0,
+        relative=relative.astype(arithmetic),
+        total=total.astype(arithmetic),
         proportions=proportions.astype(arithmetic),
-        some=some,
-        spread_out=_spread_out(jax.lax.stop_gradient(relative), spread, groups).astype(arithmetic),
+        spread=Spread(*(p.astype(arithmetic) for p in _spread_of(jax.lax.stop_gradient(relative), spread, groups))),
         shares=_shares(largest, jax.lax.stop_gradient(total)).astype(arithmetic),
     )
 
@@ -122,20 +152,17 @@ def _shares(largest: jax.Array, total: jax.Array) -> jax.Array:
     return _quotient(scaled, jnp.where(everything == 0, 1, everything))
 
 
-def _spread_out(relative: jax.Array, spread: int, groups: Groups) -> jax.Array:
-    """1 - Q/W^2 of each group, for weights whose largest is 1.
-
-    With one largest weight set aside, W = 1 + R and W^2 - Q = 2 R + R^2 - Q_R, whose terms do not cancel: 1 - Q/W^2
-    itself would round to 0 under one dominant weight, and the unbiased variance to infinity.
-    """
+def _spread_of(relative: jax.Array, spread: int, groups: Groups) -> Spread:
+    """The parts of 1 - Q/W^2, for weights relative to their group's largest, each standing for `spread` positions."""
     flat = relative.reshape(1, -1)
     if groups.axis is not None:
         flat = jnp.moveaxis(relative, groups.axis, 0).reshape(relative.shape[groups.axis], -1)
-    others = flat.at[jnp.arange(len(flat)), jnp.argmax(flat, axis=1)].set(0)
-    rest = jnp.sum(others, axis=1) * spread + (spread - 1)
-    squares = jnp.sum(jnp.square(others), axis=1) * spread + (spread - 1)
-    apart = (2 * rest + (jnp.square(rest) - squares)) / jnp.square(1 + rest)
-    return apart.reshape(groups.counts.shape)
+    row, top = jnp.arange(len(flat)), jnp.argmax(flat, axis=1)
+    tops = (flat[row, top] == 1).astype(flat.dtype)
+    others = flat.at[row, top].multiply(1 - tops)
+    again = tops * (spread - 1)  # the positions that share the weight that was set aside
+    parts = tops, jnp.sum(others, axis=1) * spread + again, jnp.sum(jnp.square(others), axis=1) * spread + again
+    return Spread(*(part.reshape(groups.counts.shape) for part in parts))
 
 
 def _is_float(array: jax.Array) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, array_dtype, array_names
 
 from . import runtime
+from .bridge import dtypes, numpy, on, shape_of
 from .support import MISSING
 
 if TYPE_CHECKING:
@@ -62,24 +62,25 @@ class KerasBackend:
             single_value=spec.single_value,
             nonfinite=spec.nonfinite,
             track_moving_stats=spec.track_moving_stats,
+            synchronized=spec.synchronized,
             param_dtype=spec.param_dtype,
             stats_dtype=spec.stats_dtype,
             dtype=spec.param_dtype,
             autocast=False,
         )
-        with runtime.current().precision(_dtypes(spec)), _on(device):
-            layer.build(_a_shape(spec))
+        with runtime.current().precision(dtypes(spec)), on(device):
+            layer.build(shape_of(spec))
             _assign(layer, spec, start)
         return layer
 
     def extract(self, layer: BatchNormalization) -> tuple[BatchNormSpec, BatchNormState[NDArray]]:
         spec = layer.spec
-        arrays = {name: _numpy(getattr(layer, name)).astype(array_dtype(spec, name)) for name in array_names(spec)}
-        return spec, BatchNormState(**arrays, num_updates=int(_numpy(layer.num_updates)))
+        arrays = {name: numpy(getattr(layer, name)).astype(array_dtype(spec, name)) for name in array_names(spec)}
+        return spec, BatchNormState(**arrays, num_updates=int(numpy(layer.num_updates)))
 
     def load(self, layer: BatchNormalization, state: BatchNormState[NDArray]) -> BatchNormalization:
         spec = layer.spec
-        with runtime.current().precision(_dtypes(spec)):
+        with runtime.current().precision(dtypes(spec)):
             _assign(layer, spec, state.checked(spec))
         return layer
 
@@ -87,31 +88,24 @@ class KerasBackend:
         spec = layer.spec
         MISSING.refuse(self.name, spec, request)
         layer.frozen_statistics = request.frozen_statistics
+
+        def forward(x: Any, weights: Any, adjustment: Any) -> Any:
+            return layer(
+                x,
+                training=request.training,
+                weights=weights,
+                update_stats=request.update_stats,
+                adjustment=adjustment,
+                renorm_clips=request.renorm_clips,
+            )
+
         given = {
             a.dtype.name for c in request.calls for a in (c.x, c.dy, c.weights, *(c.adjustment or ())) if a is not None
         }
-        with runtime.current().precision(given | _dtypes(spec)):
-            calls, dgamma, dbeta = runtime.current().step(layer, request)
+        with runtime.current().precision(given | dtypes(spec)):
+            calls, dgamma, dbeta = runtime.current().step(layer, layer.num_updates, request, forward)
             _, state = self.extract(layer)
         return layer, Outcome(calls, state=state, dgamma=dgamma, dbeta=dbeta)
-
-
-def _on(device: Any) -> AbstractContextManager[Any]:
-    scope: AbstractContextManager[Any] = nullcontext()
-    if device is not None:
-        scope = runtime.load_keras().device(runtime.current().device(str(device)))
-    return scope
-
-
-def _a_shape(spec: BatchNormSpec) -> tuple[int | None, ...]:
-    """The shape of least rank that has the channel axis and a batch axis."""
-    shape: list[int | None] = [None] * (spec.axis + 1 if spec.axis > 0 else 1 - spec.axis)
-    shape[spec.axis] = spec.num_features
-    return tuple(shape)
-
-
-def _dtypes(spec: BatchNormSpec) -> set[str]:
-    return {spec.param_dtype, spec.stats_dtype}
 
 
 def _assign(layer: BatchNormalization, spec: BatchNormSpec, state: BatchNormState[NDArray]) -> None:
@@ -123,10 +117,6 @@ def _assign(layer: BatchNormalization, spec: BatchNormSpec, state: BatchNormStat
     for name in array_names(spec):
         getattr(layer, name).assign(getattr(state, name))
     layer.num_updates.assign(state.num_updates)
-
-
-def _numpy(variable: Any) -> NDArray:
-    return np.asarray(runtime.load_keras().ops.convert_to_numpy(variable.value))
 
 
 BACKEND = KerasBackend()

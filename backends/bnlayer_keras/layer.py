@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bnlayer.call import plan_call, trains
-from bnlayer.errors import InputError, SpecError, UnsupportedError
-from bnlayer.spec import BatchNormSpec, Estimator, GhostLayout, NonFinite, Renorm, SingleValue, ZeroDebias
+from bnlayer.errors import InputError, SpecError, StateError, UnsupportedError
+from bnlayer.spec import (
+    FLOAT_DTYPES,
+    BatchNormSpec,
+    Estimator,
+    GhostLayout,
+    NonFinite,
+    Renorm,
+    SingleValue,
+    ZeroDebias,
+)
 from bnlayer.state import BatchNormState, array_names, needs_counter
 
-from . import runtime
+from . import masks, runtime
 from .support import MISSING
 
 if TYPE_CHECKING:
@@ -19,11 +31,8 @@ if TYPE_CHECKING:
 else:
     keras = runtime.load_keras()  # and not a bare import, which takes TensorFlow even where it is not installed
 
-# The keywords that not every keras.layers.BatchNormalization has, with what they are where nobody gives them.
-_EXTRAS: dict[str, Any] = {
-    "renorm": False,  # which Keras itself has since 3.15
-    "renorm_clipping": None,
-    "renorm_momentum": 0.99,
+# The keywords that keras.layers.BatchNormalization lacks, with what they are where nobody gives them.
+EXTRAS: dict[str, Any] = {
     "virtual_batch_size": None,
     "virtual_batch_layout": "strided",
     "zero_debias": "none",
@@ -39,6 +48,7 @@ _EXTRAS: dict[str, Any] = {
 # Weights are saved and exchanged by their position: first Keras's own, in its order.
 _WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev",
             "hidden_mean", "hidden_variance")  # fmt: skip
+_COUNTER = "num_updates.txt"  # beside the weights, in the archive that `model.save` writes
 CLIPS = {"rmax": "r_max", "rmin": "r_min", "dmax": "d_max"}  # Keras's names and the spec's
 
 
@@ -50,13 +60,16 @@ class _OutOfSight:
 
 
 @keras.saving.register_keras_serializable(package="bnlayer")
-class BatchNormalization(keras.layers.Layer):
+class BatchNormalization(keras.layers.BatchNormalization):
     """Batch normalization with the arguments and defaults of `keras.layers.BatchNormalization`, and the same weights.
 
-    The attributes are the truth: `layer.momentum = 0.9` works, and `layer.spec` is computed from them.
+    It is a subclass for the sake of code that asks `isinstance(layer, keras.layers.BatchNormalization)`, to freeze such
+    layers for instance; it uses nothing of what that class computes. The attributes are the truth:
+    `layer.momentum = 0.9` works, and `layer.spec` is computed from them. Where a model is saved as `.keras`, the file
+    has the counter too; files of weights have it only where the averages depend on it.
 
     Args:
-        axis: the channel axis, one integer.
+        axis: the channel axis, one integer, and not the batch axis; a list of one, as Keras 2 wrote it, is that one.
         momentum: weight on the OLD statistics.
         epsilon: added to the variance.
         center, scale: whether beta, gamma exist.
@@ -65,7 +78,9 @@ class BatchNormalization(keras.layers.Layer):
         renorm: batch renormalization, with the three weights that it has in Keras.
         renorm_clipping: "rmax", "rmin" and "dmax" to numbers; None, or a missing key, is no clip.
         renorm_momentum: weight on the OLD renorm averages.
-        synchronized: taken for the sake of existing configs; refused when switched on.
+        synchronized: batch statistics over all replicas: those of `tf.distribute` on TensorFlow and of
+            torch.distributed's default group on PyTorch, unless there is none. On JAX Keras's arrays are global, and so
+            are the statistics whether this is set or not.
         virtual_batch_size: rows of a ghost batch, each normalized by its own statistics in training; None for none.
         virtual_batch_layout, zero_debias: see `bnlayer.BatchNormSpec`. zero_debias adds its hidden averages and the
             counter to the weights.
@@ -77,12 +92,14 @@ class BatchNormalization(keras.layers.Layer):
         frozen_statistics: the moving statistics normalize and stay as they are, in training too.
         param_dtype, stats_dtype: of gamma and beta, and of the moving statistics; None for the dtype policy's.
         **kwargs: the base layer's, such as `name`, `dtype` and `trainable`; `trainable=False` means inference without
-            an update, as in Keras. With `autocast=False` y has the input's dtype whatever the policy says.
+            an update, as in Keras. y has the policy's compute dtype, and with `autocast=False` the input's.
 
     Call arguments:
-        inputs: float tensor of rank 2 or more.
+        inputs: tensor of rank 2 or more, float; integers and booleans are cast to the compute dtype, as in Keras, and
+            refused with `autocast=False`.
         training: batch statistics if True.
-        mask: boolean; positions to leave out of the statistics. Its shape follows the rule for `weights`.
+        mask: False at positions to leave out of the statistics. Its shape follows the rule for `weights`; see
+            `bnlayer_keras.masks` for a mask that Keras hands on to a layer whose channel axis is not the last.
         weights: example weights of shape (N,), the inputs' shape without the channel axis, or with 1 on it; with a
             mask they count where it is True. Keras passes a mask on by itself only where no weights are given, and
             casts weights to the compute dtype as every other float argument.
@@ -131,10 +148,10 @@ class BatchNormalization(keras.layers.Layer):
         stats_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.axis = axis
-        self.momentum = momentum
-        self.epsilon = epsilon
+        super(keras.layers.BatchNormalization, self).__init__(**kwargs)
+        self.axis = _python(axis[0] if isinstance(axis, (list, tuple)) and len(axis) == 1 else axis)
+        self.momentum = _python(momentum)
+        self.epsilon = _python(epsilon)
         self.center = center
         self.scale = scale
         self.beta_initializer = keras.initializers.get(beta_initializer)
@@ -230,10 +247,15 @@ class BatchNormalization(keras.layers.Layer):
 
     @property
     def variables(self) -> list[Any]:
-        """All state of the layer: `weights`, and the counter where it is none of them."""
-        known = super().variables
+        """All state of the layer: `weights`, and the counter where it is none of them.
+
+        On PyTorch without it: what is here becomes keys of `state_dict()`, which are to be Keras's own.
+        """
+        known: list[Any] = super().variables
         counter = self._counter.variable
-        return known if counter is None or any(v is counter for v in known) else [*known, counter]
+        if counter is None or any(v is counter for v in known) or not runtime.current().counter_among_variables():
+            return known
+        return [*known, counter]
 
     @property
     def spec(self) -> BatchNormSpec:
@@ -265,28 +287,29 @@ class BatchNormalization(keras.layers.Layer):
         """Normalize the inputs; see the class."""
         spec, before = self.spec, self.state
         learns = trains(spec, bool(training) and self.trainable, self.frozen_statistics)
+        if self.autocast and keras.backend.standardize_dtype(inputs.dtype) not in FLOAT_DTYPES:
+            inputs = keras.ops.cast(inputs, self.compute_dtype)
         if adjustment is None and self.adjustment is not None and learns:
             adjustment = self.adjustment(keras.ops.shape(inputs))
-        y, after = runtime.current().batch_norm(
+        positions = masks.positions(inputs, mask, weights, self.axis)
+        y, after = masks.batch_norm(
+            runtime.current().batch_norm,
             inputs,
             before,
             spec,
+            positions,
             training=learns,
-            weights=_weights(mask, weights),
             update_stats=update_stats,
             adjustment=None if adjustment is None else _tensors(adjustment, inputs.dtype),
             renorm_clips=renorm_clips,
         )
-        if after is not before:
-            for name, array in after.arrays().items():
+        # Also where nothing has changed, as by an empty batch: what a replica assigns, TensorFlow wants all to assign.
+        if learns and update_stats and spec.track_moving_stats:
+            for name in array_names(spec):
                 if name not in ("gamma", "beta"):
-                    getattr(self, name).assign(array)
+                    getattr(self, name).assign(getattr(after, name))
             self.num_updates.assign(after.num_updates)
         return y
-
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        """The inputs' shape."""
-        return input_shape
 
     def compute_output_spec(
         self,
@@ -299,15 +322,38 @@ class BatchNormalization(keras.layers.Layer):
         renorm_clips: Mapping[str, Any] | None = None,
     ) -> Any:
         """The inputs' shape and dtype, checked against the layer while a model is put together."""
+        dtype = inputs.dtype if inputs.dtype in FLOAT_DTYPES or not self.autocast else self.compute_dtype
         plan_call(
             self.spec,
             inputs.shape,
-            inputs.dtype,
+            dtype,
             training=False,
-            weights_shape=_weights_shape(mask, weights),
+            weights_shape=masks.shape(inputs, mask, weights, self.axis),
             adjustment_shapes=None if adjustment is None else (_shape(adjustment[0]), _shape(adjustment[1])),
         )
-        return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
+        return keras.KerasTensor(inputs.shape, dtype=dtype)
+
+    def save_assets(self, dir_path: str) -> None:
+        """Write the counter where it is no weight; Keras calls this when it saves a model as `.keras`."""
+        if self.num_updates is not None and not needs_counter(self.spec):
+            count = int(keras.ops.convert_to_numpy(self.num_updates.value))
+            Path(dir_path, _COUNTER).write_text(f"{count}\n", "ascii")
+
+    def load_assets(self, dir_path: str | None) -> None:
+        """Read the counter, if the file has one: a file of keras.layers.BatchNormalization has none.
+
+        Raises:
+            StateError: it is not a count that this framework's integers can hold.
+        """
+        file = None if dir_path is None else Path(dir_path, _COUNTER)
+        if file is None or not file.is_file() or self.num_updates is None:
+            return
+        with file.open("rb") as stream:
+            text = stream.read(32).strip()  # of an untrusted file no more than a count can need
+        largest = int(np.iinfo(self.num_updates.dtype).max)
+        if not text.isdigit() or int(text) > largest:
+            raise StateError(f"{_COUNTER} of layer {self.name!r} must be a count of at most {largest}; got {text!r}.")
+        self.num_updates.assign(int(text))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of this layer; those that a Keras layer may lack only where they are not at their default.
@@ -320,23 +366,13 @@ class BatchNormalization(keras.layers.Layer):
                 f"a config cannot hold the adjustment of layer {self.name!r}, a function. Give it in the call, as"
                 " layer(x, adjustment=...), or save the weights alone and build the layer again in code."
             )
-        config = {
-            "axis": self.axis,
-            "momentum": self.momentum,
-            "epsilon": self.epsilon,
-            "center": self.center,
-            "scale": self.scale,
-            "synchronized": self.synchronized,
-        }
-        for name in ("beta", "gamma", "moving_mean", "moving_variance"):
-            config[f"{name}_initializer"] = keras.initializers.serialize(getattr(self, f"{name}_initializer"))
-        for name in ("beta", "gamma"):
-            config[f"{name}_regularizer"] = keras.regularizers.serialize(getattr(self, f"{name}_regularizer"))
-            config[f"{name}_constraint"] = keras.constraints.serialize(getattr(self, f"{name}_constraint"))
-        extras = {name: getattr(self, name) for name, default in _EXTRAS.items() if getattr(self, name) != default}
+        extras = {name: getattr(self, name) for name, default in EXTRAS.items() if getattr(self, name) != default}
+        if self.renorm:  # an argument of Keras's own since 3.15
+            extras |= {"renorm": True, "renorm_momentum": self.renorm_momentum}
+        config: dict[str, Any] = {**super().get_config(), **extras}
         if self.renorm_clipping is not None:
-            extras["renorm_clipping"] = dict(self.renorm_clipping)  # Keras has wrapped it to watch it for variables
-        return {**super().get_config(), **config, **extras}
+            config["renorm_clipping"] = dict(self.renorm_clipping)  # Keras has wrapped it to watch it for variables
+        return config
 
     def _spec(self, num_features: int) -> BatchNormSpec:
         return BatchNormSpec(
@@ -363,7 +399,12 @@ class BatchNormalization(keras.layers.Layer):
         clipping = self.renorm_clipping or {}
         unknown = sorted(set(clipping) - set(CLIPS))
         if unknown:
-            raise SpecError(f"renorm_clipping has no {', '.join(unknown)}; its keys are {', '.join(CLIPS)}.")
+            raise SpecError(f"Received invalid keys for renorm_clipping, {unknown}; its keys are {', '.join(CLIPS)}.")
+        low, high, shift = (clipping.get(key) for key in ("rmin", "rmax", "dmax"))
+        if low is not None and high is not None and low > high:
+            raise SpecError(f"rmax should be at least rmin in renorm_clipping; got rmax={high}, rmin={low}.")
+        if shift is not None and shift < 0:
+            raise SpecError(f"dmax should be non-negative in renorm_clipping; got {shift}.")
         clips = {CLIPS[key]: None if value == float("inf") else value for key, value in clipping.items()}
         return Renorm(**clips, decay=self.renorm_momentum)
 
@@ -380,21 +421,10 @@ def _tensors(adjustment: tuple[Any, Any], dtype: Any) -> tuple[Any, Any]:
     return scale, bias
 
 
+def _python(number: Any) -> Any:
+    """NumPy's numbers as Python's, for JSON knows no others."""
+    return number.item() if isinstance(number, np.generic) else number
+
+
 def _shape(value: Any) -> tuple[int | None, ...]:
     return tuple(getattr(value, "shape", ()))
-
-
-def _weights(mask: Any, weights: Any) -> Any:
-    """Mask and weights as one."""
-    if mask is None or weights is None:
-        return weights if mask is None else mask
-    while len(weights.shape) < len(mask.shape):  # (N,) always means the batch axis
-        weights = keras.ops.expand_dims(weights, -1)
-    if len(weights.shape) != len(mask.shape):
-        raise InputError(f"weights must have the mask's rank or be (N,); got {weights.shape} with mask {mask.shape}.")
-    return keras.ops.where(mask, weights, keras.ops.zeros_like(weights))
-
-
-def _weights_shape(mask: Any, weights: Any) -> tuple[int | None, ...] | None:
-    given = weights if mask is None else mask
-    return None if given is None else tuple(given.shape)

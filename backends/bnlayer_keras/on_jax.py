@@ -14,12 +14,19 @@ from bnlayer.contract import CallOutcome, NDArray, Request
 from bnlayer.errors import InputError, UnsupportedError
 from bnlayer_jax import batch_norm
 
-__all__ = ["batch_norm", "counter_dtype", "device", "precision", "step"]
+from .runtime import Forward
+
+__all__ = ["batch_norm", "counter_among_variables", "counter_dtype", "device", "precision", "step"]
 
 
 def counter_dtype() -> str:
     """See `runtime.Runtime`."""
     return str(jax.dtypes.canonicalize_dtype(np.int64))
+
+
+def counter_among_variables() -> bool:
+    """See `runtime.Runtime`: compiled training carries these and no others."""
+    return True
 
 
 def precision(dtypes: set[str]) -> AbstractContextManager[Any]:
@@ -38,37 +45,40 @@ def device(name: str) -> str:
     return f"{platform}:{number or 0}"
 
 
-def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
+def step(
+    layer: Any, home: Any, request: Request, forward: Forward
+) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
     """See `runtime.Runtime`. Differentiates the layer's stateless form, as Keras's own training does."""
-    (home,) = layer.num_updates.value.devices()
+    variables = layer.variables
+    (device,) = home.value.devices()
     for call in request.calls:
         _check(call.weights)
-    variables = layer.variables
     learned = {n: getattr(layer, n) for n in ("gamma", "beta") if getattr(layer, n) is not None}
     asked = [i for i, call in enumerate(request.calls) if call.dy is not None]
+    curved = [i for i, call in enumerate(request.calls) if call.direction is not None]
 
     @jax.jit
-    def run(sources: Any, masks: dict[int, Any], values: list[Any], dys: list[Any]) -> Any:
-        def forward(sources: Any) -> tuple[list[Any], Any]:
+    def run(sources: Any, masks: dict[int, Any], values: list[Any], dys: list[Any], along: list[Any]) -> Any:
+        def ahead(sources: Any) -> tuple[list[Any], Any]:
             mapping = [*zip(variables, values, strict=True), *((learned[n], p) for n, p in sources["p"].items())]
             with keras.StatelessScope(state_mapping=mapping) as scope:
                 ys = [
-                    layer(
-                        x,
-                        training=request.training,
-                        weights=sources["w"].get(i, masks.get(i)),
-                        update_stats=request.update_stats,
-                        adjustment=request.calls[i].adjustment,
-                        renorm_clips=request.renorm_clips,
-                    )
+                    forward(x, sources["w"].get(i, masks.get(i)), request.calls[i].adjustment)
                     for i, x in enumerate(sources["x"])
                 ]
                 return [ys[i] for i in asked], (ys, [scope.get_current_value(v) for v in variables])
 
-        _, back, (ys, after) = jax.vjp(forward, sources, has_aux=True)
-        return ys, after, back(dys)[0]
+        def slopes(xs: list[Any]) -> tuple[list[Any], Any]:
+            _, back, (ys, after) = jax.vjp(ahead, {**sources, "x": xs}, has_aux=True)
+            (got,) = back(dys)
+            return [got["x"][i] for i in curved], (ys, after, got)
 
-    with jax.default_device(home):
+        if not curved:
+            return (*slopes(sources["x"])[1], None)
+        _, back, seen = jax.vjp(slopes, sources["x"], has_aux=True)
+        return (*seen, back(along)[0])
+
+    with jax.default_device(device):
         weights = {i: jnp.asarray(call.weights) for i, call in enumerate(request.calls) if call.weights is not None}
         real = {i: w for i, w in weights.items() if jnp.issubdtype(w.dtype, jnp.floating)}
         masks = {i: w for i, w in weights.items() if i not in real}
@@ -77,8 +87,12 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
             "w": real,
             "p": {n: v.value for n, v in learned.items()},
         }
-        ys, after, got = run(
-            sources, masks, [v.value for v in variables], [jnp.asarray(request.calls[i].dy) for i in asked]
+        ys, after, got, hvps = run(
+            sources,
+            masks,
+            [v.value for v in variables],
+            [jnp.asarray(request.calls[i].dy) for i in asked],
+            [jnp.asarray(request.calls[i].direction) for i in curved],
         )
         for variable, value in zip(variables, after, strict=True):
             variable.assign(value)
@@ -87,6 +101,7 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
             np.asarray(y),
             dx=np.asarray(got["x"][i]) if i in asked else None,
             dweights=np.asarray(got["w"][i]) if i in asked and i in real else None,
+            hvp=np.asarray(hvps[i]) if i in curved else None,
         )
         for i, y in enumerate(ys)
     ]

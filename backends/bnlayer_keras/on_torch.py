@@ -15,7 +15,9 @@ from bnlayer.errors import UnsupportedError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, numpy_dtype
 
-__all__ = ["batch_norm", "counter_dtype", "device", "precision", "step"]
+from .runtime import Forward
+
+__all__ = ["batch_norm", "counter_among_variables", "counter_dtype", "device", "precision", "step"]
 
 
 def batch_norm(x: Any, state: BatchNormState[Any], spec: BatchNormSpec, **keywords: Any) -> tuple[Any, Any]:
@@ -35,6 +37,11 @@ def counter_dtype() -> str:
     return "int64"
 
 
+def counter_among_variables() -> bool:
+    """See `runtime.Runtime`: they become the keys of `state_dict`."""
+    return False
+
+
 def precision(dtypes: set[str]) -> AbstractContextManager[Any]:
     """See `runtime.Runtime`."""
     return nullcontext()
@@ -51,12 +58,14 @@ def device(name: str) -> str:
     return str(placed.device)
 
 
-def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
+def step(
+    layer: Any, home: Any, request: Request, forward: Forward
+) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
     """See `runtime.Runtime`."""
-    home = layer.num_updates.value.device
+    device = home.value.device
 
     def tensor(array: NDArray) -> torch.Tensor:
-        placed: torch.Tensor = keras.ops.convert_to_tensor(array).to(home)
+        placed: torch.Tensor = keras.ops.convert_to_tensor(array).to(device)
         return placed
 
     xs = [tensor(call.x) for call in request.calls]
@@ -66,35 +75,43 @@ def step(layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray
         leaf.requires_grad_(leaf.is_floating_point())  # another x is refused by the layer, in its own words
     parameters = {n: getattr(layer, n).value for n in ("gamma", "beta") if getattr(layer, n) is not None}
     ys = [
-        layer(
-            x,
-            training=request.training,
-            weights=w,
-            update_stats=request.update_stats,
-            adjustment=None if call.adjustment is None else tuple(map(tensor, call.adjustment)),
-            renorm_clips=request.renorm_clips,
-        )
+        forward(x, w, None if call.adjustment is None else tuple(map(tensor, call.adjustment)))
         for call, x, w in zip(request.calls, xs, ws, strict=True)
     ]
     dys = {i: tensor(call.dy) for i, call in enumerate(request.calls) if call.dy is not None}
     sources: dict[tuple[str, Any], torch.Tensor] = {("x", i): xs[i] for i in dys}
     sources |= {("w", i): w for i, w in real.items() if i in dys}
     sources |= {("p", n): p for n, p in parameters.items() if p.requires_grad}
+    along = {i: tensor(call.direction) for i, call in enumerate(request.calls) if call.direction is not None}
     got: dict[tuple[str, Any], NDArray] = {}
+    hvps: dict[int, NDArray] = {}
     if dys:
         gradients = torch.autograd.grad(
             [ys[i] for i in dys],
             list(sources.values()),
             list(dys.values()),
+            create_graph=bool(along),
             materialize_grads=True,
         )
-        got = {key: _numpy(gradient) for key, gradient in zip(sources, gradients, strict=True)}
+        first = dict(zip(sources, gradients, strict=True))
+        got = {key: _numpy(gradient) for key, gradient in first.items()}
+        if along:
+            # A gradient that depends on no x has no graph (in eval), and its derivative is zero.
+            curved = [i for i in along if first["x", i].requires_grad]
+            seconds = torch.autograd.grad(
+                [first["x", i] for i in curved],
+                [xs[i] for i in along],
+                [along[i] for i in curved],
+                materialize_grads=True,
+            ) if curved else [torch.zeros_like(xs[i]) for i in along]  # fmt: skip
+            hvps = {i: _numpy(second) for i, second in zip(along, seconds, strict=True)}
     calls = [
-        CallOutcome(_numpy(y), dx=got.get(("x", i)), dweights=got.get(("w", i))) for i, y in enumerate(ys)
-    ]  # fmt: skip
+        CallOutcome(_numpy(y), dx=got.get(("x", i)), dweights=got.get(("w", i)), hvp=hvps.get(i))
+        for i, y in enumerate(ys)
+    ]
     return tuple(calls), got.get(("p", "gamma")), got.get(("p", "beta"))
 
 
 def _numpy(tensor: torch.Tensor) -> NDArray:
-    values: NDArray = np.asarray(keras.ops.convert_to_numpy(tensor))
+    values: NDArray = np.asarray(keras.ops.convert_to_numpy(tensor.detach()))
     return values.astype(numpy_dtype(keras.backend.standardize_dtype(tensor.dtype)))  # it gives bfloat16 as float32

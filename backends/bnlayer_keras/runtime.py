@@ -1,7 +1,7 @@
 """The framework that Keras runs on: chosen where nobody did, and mapped to the module that knows it.
 
 Imports Keras when asked to, and of the frameworks none but the one in use. What differs between them is in `on_jax`,
-`on_tensorflow` and `on_torch`, which have the same five functions.
+`on_tensorflow` and `on_torch`, which have the same functions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, Final, Protocol
 
 from bnlayer.contract import CallOutcome, NDArray, Request, require
 from bnlayer.errors import BackendUnavailable
+
+Forward = Callable[[Any, Any, Any], Any]  # x, weights, adjustment -> y
 
 _MODULES: Final = {"tensorflow": "on_tensorflow", "jax": "on_jax", "torch": "on_torch"}
 
@@ -32,6 +35,10 @@ class Runtime(Protocol):
         """Of the update counter: int64, or int32 where the framework has no other."""
         ...
 
+    def counter_among_variables(self) -> bool:
+        """Whether the counter, where it is no weight, is among the layer's `variables`."""
+        ...
+
     def precision(self, dtypes: set[str]) -> AbstractContextManager[Any]:
         """Within it arrays of these dtypes are what they say."""
         ...
@@ -40,8 +47,17 @@ class Runtime(Protocol):
         """The device in Keras's words, such as "cpu:0"; refused if it is absent."""
         ...
 
-    def step(self, layer: Any, request: Request) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
-        """One step through the framework's own autodiff: the calls' outcomes, dgamma and dbeta."""
+    def step(
+        self, layer: Any, home: Any, request: Request, forward: Forward
+    ) -> tuple[tuple[CallOutcome, ...], NDArray | None, NDArray | None]:
+        """One step through the framework's own autodiff: the calls' outcomes, dgamma and dbeta.
+
+        Args:
+            layer: a Keras layer whose variables are all its state, and whose parameters are `gamma` and `beta`.
+            home: a variable of it, on whose device the step runs.
+            request: what to run.
+            forward: calls the layer with x, the weights and the adjustment, as the framework's tensors.
+        """
         ...
 
 

@@ -4,4 +4,7 @@ from __future__ import annotations
 
 from bnlayer.contract import Missing
 
-MISSING = Missing(fields={"synchronized": "statistics over replicas are not implemented"})
+MISSING = Missing(
+    shards="Keras's replicas are those of tf.distribute or torch.distributed, which a step does not start; on JAX its"
+    " arrays are global, and so are the statistics"
+)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bnlayer.call import CallPlan, plan_call, renorm_clips
+from bnlayer.call import CallPlan, plan_call, refuse_single_value, renorm_clips
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, array_dtype
@@ -16,7 +16,6 @@ from bnlayer.state import BatchNormState, array_dtype
 from .averages import updated
 from .renorm import corrections
 from .statistics import Moments, batch_moments, combined
-from .support import MISSING
 from .weights import Weights, is_real, of_rows, read_weights, related
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
@@ -82,6 +81,9 @@ def batch_norm(
 ) -> tuple[NDArray, BatchNormState[NDArray]]:
     """Normalize x and update the moving statistics.
 
+    NumPy has no engine that runs replicas, so with `spec.synchronized` this process is the only one, and its batch the
+    whole batch.
+
     Args:
         x: float array of rank 2 or more, `spec.num_features` long on `spec.axis`.
         state: parameters and moving statistics; not modified.
@@ -98,7 +100,6 @@ def batch_norm(
 
     Raises:
         InputError: x, the weights, the adjustment or the clips do not fit the spec.
-        UnsupportedError: the spec asks for what this backend lacks.
     """
     y, after, _ = batch_norm_forward(
         x,
@@ -125,7 +126,6 @@ def batch_norm_forward(
     renorm_clips: Mapping[str, float | None] | None = None,
 ) -> tuple[NDArray, BatchNormState[NDArray], Cache]:
     """`batch_norm`, and what `batch_norm_backward` needs of it."""
-    MISSING.refuse("numpy", spec)
     x = np.asarray(x)
     weights = None if weights is None else np.asarray(weights)
     if adjustment is not None:
@@ -139,6 +139,8 @@ def batch_norm_forward(
         weights_shape=None if weights is None else weights.shape,
         adjustment_shapes=None if adjustment is None else (adjustment[0].shape, adjustment[1].shape),
     )
+    if plan.synchronized:  # the count of all replicas, and this is all of them
+        refuse_single_value(spec, plan.count, f"batch; got x with shape {x.shape}")
     with np.errstate(all="ignore"):  # NaN, Inf and overflow travel into the results; the spec says what they do there
         parts, batch = _parts(x, state, spec, plan, weights, training, renorm_clips)
         after = updated(state, batch, spec, plan) if plan.update and batch is not None else state

@@ -13,7 +13,6 @@ from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
 from .function import Cache, Gradients, batch_norm_backward, batch_norm_forward
-from .support import MISSING
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
@@ -33,7 +32,6 @@ class BatchNorm:
     """
 
     def __init__(self, spec: BatchNormSpec, state: BatchNormState[NDArray] | None = None) -> None:
-        MISSING.refuse("numpy", spec)
         self.spec = spec
         self.state = BatchNormState.initial(spec) if state is None else state.checked(spec)
         self.frozen_statistics = False

@@ -4,4 +4,7 @@ from __future__ import annotations
 
 from bnlayer.contract import Missing
 
-MISSING = Missing(fields={"synchronized": "NumPy has one process and one device; there is nothing to synchronize"})
+MISSING = Missing(
+    shards="NumPy has no engine that runs a layer on several replicas",
+    direction="the backward pass is written out, and NumPy cannot differentiate it again",
+)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from bnlayer.contract import CallOutcome, NDArray, Outcome, Request, require
-from bnlayer.errors import UnsupportedError
+from bnlayer.contract import NDArray, Outcome, Request, require
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
@@ -38,14 +35,16 @@ class TensorFlowBackend:
         self, spec: BatchNormSpec, state: BatchNormState[NDArray] | None = None, *, device: Any = None
     ) -> BatchNorm:
         tf = _tensorflow()
+        from .devices import existing
         from .layer import BatchNorm
 
-        with tf.device(None if device is None else _existing(device)):
+        with tf.device(None if device is None else existing(device, self.name)):
             return BatchNorm(spec, state)
 
     def extract(self, layer: BatchNorm) -> tuple[BatchNormSpec, BatchNormState[NDArray]]:
-        arrays = {name: np.array(variable.numpy()) for name, variable in layer.state.arrays().items()}
-        return layer.spec, BatchNormState(**arrays, num_updates=int(layer.num_updates.numpy()))
+        from .step import read_state
+
+        return layer.spec, read_state(layer)
 
     def load(self, layer: BatchNorm, state: BatchNormState[NDArray]) -> BatchNorm:
         layer.load(state)
@@ -53,76 +52,21 @@ class TensorFlowBackend:
 
     def step(self, layer: BatchNorm, request: Request) -> tuple[BatchNorm, Outcome]:
         MISSING.refuse(self.name, layer.spec, request)
+        if request.shards is not None:
+            from .replicas import step_on_replicas
+
+            _, state = self.extract(layer)
+            outcome = step_on_replicas(layer, state, request)
+            return self.load(layer, outcome.state), outcome
         tf = _tensorflow()
-        layer.frozen_statistics = request.frozen_statistics
+        from .step import run_layer
+
         with tf.device(layer.num_updates.device):
-            xs = [tf.constant(call.x) for call in request.calls]
-            ws = [None if call.weights is None else tf.constant(call.weights) for call in request.calls]
-            real = {i: w for i, w in enumerate(ws) if w is not None and w.dtype.is_floating}
-            with tf.GradientTape() as tape:
-                tape.watch([[x for x in xs if x.dtype.is_floating], list(real.values())])
-                ys = [
-                    layer(
-                        x,
-                        training=request.training,
-                        weights=w,
-                        update_stats=request.update_stats,
-                        adjustment=call.adjustment,
-                        renorm_clips=request.renorm_clips,
-                    )
-                    for call, x, w in zip(request.calls, xs, ws, strict=True)
-                ]
-            asked = [i for i, call in enumerate(request.calls) if call.dy is not None]
-            dxs: Any = {}
-            dws: Any = {}
-            parameters: Any = {}
-            if asked:
-                sources = {
-                    "xs": {i: xs[i] for i in asked},
-                    "ws": {i: w for i, w in real.items() if i in asked},
-                    "parameters": {n: getattr(layer, n) for n in ("gamma", "beta") if getattr(layer, n) is not None},
-                }
-                got = tape.gradient(
-                    [ys[i] for i in asked],
-                    sources,
-                    output_gradients=[tf.constant(request.calls[i].dy) for i in asked],
-                    unconnected_gradients=tf.UnconnectedGradients.ZERO,
-                )
-                dxs, dws, parameters = got["xs"], got["ws"], got["parameters"]
-        calls = tuple(
-            CallOutcome(y.numpy(), dx=_numpy(dxs.get(i)), dweights=_numpy(dws.get(i))) for i, y in enumerate(ys)
-        )
-        _, state = self.extract(layer)
-        return layer, Outcome(
-            calls, state=state, dgamma=_numpy(parameters.get("gamma")), dbeta=_numpy(parameters.get("beta"))
-        )
+            return layer, run_layer(layer, request)
 
 
 def _tensorflow() -> Any:
     return require("tensorflow", "tensorflow")
-
-
-def _numpy(tensor: Any) -> NDArray | None:
-    return None if tensor is None else np.asarray(tensor.numpy())
-
-
-def _existing(device: Any) -> str:
-    """TensorFlow's full name of a device.
-
-    Its soft placement would put variables elsewhere without a word, so what is not there is refused here.
-    """
-    tf = _tensorflow()
-    present = [d.name for d in tf.config.list_logical_devices()]
-    absent = f"backend 'tensorflow' has no device {device!r}; it has {', '.join(present)}."
-    try:
-        wanted = tf.DeviceSpec.from_string(str(device))
-    except ValueError as error:
-        raise UnsupportedError(absent) from error
-    for name in present:
-        found = tf.DeviceSpec.from_string(name)
-        if wanted.device_type == found.device_type and wanted.device_index in (None, found.device_index):
-            return str(name)
-    raise UnsupportedError(absent)
 
 
 BACKEND = TensorFlowBackend()

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from bnlayer.call import CallPlan, plan_call
+from bnlayer.call import CallPlan, plan_call, refuse_single_value
 from bnlayer.call import renorm_clips as clips_of
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
@@ -18,6 +18,7 @@ from .ghosts import Ghosts, ghosts_of
 from .normalization import adjusted, by_batch, by_moving, chosen, transform
 from .statistics import batch_moments
 from .support import MISSING
+from .synchronized import merged_moments, replicas_of
 from .tensors import per_channel
 from .weights import read_weights
 
@@ -35,6 +36,12 @@ def batch_norm(
     decay: Any = None,
 ) -> tuple[tf.Tensor, BatchNormState[tf.Tensor]]:
     """Normalize x and update the moving statistics; eagerly, in a `tf.function`, and under `jit_compile`.
+
+    With `spec.synchronized`, in a replica of a `tf.distribute` strategy (`strategy.run`), the batch statistics in
+    training are those of all replicas' batches together, which may have different numbers of rows, also none. It takes
+    one all-reduce, and one more in the backward pass; eval takes none. The gradient is that of the sum of the replicas'
+    losses. MirroredStrategy cannot reduce inside a `tf.function`, a `tf.cond` or a loop of a replica's own: put the
+    `tf.function` around `strategy.run`. Outside `strategy.run` there is one replica.
 
     Lengths of x may be unknown in a graph, its rank and its channel count may not. What then depends on them (an
     empty batch, one value per channel, the number of ghost batches) is decided when the graph runs.
@@ -83,19 +90,24 @@ def batch_norm(
     if decay is not None:
         _check_decay(decay, spec)
     count = _count(x, plan)
+    replica = replicas_of(plan)
     ghosts = ghosts_of(x, plan, spec)
-    x = _several_values(x, plan, spec, count, ghosts)
+    if replica is None:  # else they decide together
+        x = _several_values(x, plan, spec, count, ghosts)
     work = tf.as_dtype(plan.arithmetic)
     channel_shape = plan.channel_shape if ghosts is None else (1, *plan.channel_shape)
     values = tf.cast(x, work) if ghosts is None else ghosts.split(tf.cast(x, work))
-    w = read_weights(given, plan, count, ghosts)
+    w = read_weights(given, plan, count, ghosts, refuse=replica is None)
     # Padding has no weight, but is finite.
     hidden = None if given is None or w is None else tf.math.logical_not(w.positive | tf.math.is_finite(values))
 
     after = state
     by = by_moving(state, channel_shape, work)
-    if plan.batch_statistics and plan.count != 0:
-        batch = batch_moments(values, hidden, plan, count, ghosts, w)
+    if plan.batch_statistics and (plan.count != 0 or replica is not None):  # the others wait for an empty one too
+        if replica is None:
+            batch = batch_moments(values, hidden, plan, count, ghosts, w)
+        else:
+            batch = merged_moments(values, hidden, plan, count, w, spec, replica)
         if plan.update:
             after = updated(state, batch, spec, ghosts, decay)
         of_batch = by_batch(batch, state, spec, clips, channel_shape)
@@ -135,7 +147,11 @@ def _count(x: tf.Tensor, plan: CallPlan) -> Any:
 def _several_values(x: tf.Tensor, plan: CallPlan, spec: BatchNormSpec, count: Any, ghosts: Ghosts | None) -> tf.Tensor:
     """x, refused where it has one value per channel, in all or in its smallest ghost batch, and where only the running
     graph can tell that."""
-    if plan.count is not None or not plan.batch_statistics or spec.single_value == "allow":
+    if not plan.batch_statistics or spec.single_value == "allow":
+        return x
+    if plan.count is not None:
+        if plan.synchronized:  # else the plan has asked
+            refuse_single_value(spec, plan.count, f"x has shape {tuple(x.shape)}")
         return x
     if ghosts is not None:
         rows = tf.cast(ghosts.rows, tf.int64)

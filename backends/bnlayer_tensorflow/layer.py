@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from bnlayer.call import trains
@@ -22,7 +23,7 @@ class BatchNorm(tf.Module):
         y = layer(x, training=True)
 
     A call assigns the new statistics at once, also inside a `tf.function`; gamma and beta are trainable variables,
-    the rest are not.
+    the rest are not. Built in `strategy.scope()` it trains in `strategy.run`: see `batch_norm` on `spec.synchronized`.
 
     Attributes:
         spec: what the layer is.
@@ -47,17 +48,20 @@ class BatchNorm(tf.Module):
         self.spec = spec
         self.frozen_statistics = False
         start = BatchNormState.initial(spec) if state is None else state.checked(spec)
+        aggregation = _aggregation(spec)
         with self.name_scope:
-            self.gamma = _variable("gamma", start.gamma, trainable=True)
-            self.beta = _variable("beta", start.beta, trainable=True)
-            self.moving_mean = _variable("moving_mean", start.moving_mean)
-            self.moving_variance = _variable("moving_variance", start.moving_variance)
-            self.hidden_mean = _variable("hidden_mean", start.hidden_mean)
-            self.hidden_variance = _variable("hidden_variance", start.hidden_variance)
-            self.renorm_mean = _variable("renorm_mean", start.renorm_mean)
-            self.renorm_stddev = _variable("renorm_stddev", start.renorm_stddev)
-            self.moving_stddev = _variable("moving_stddev", start.moving_stddev)
-            self.num_updates = tf.Variable(start.num_updates, trainable=False, dtype=tf.int64, name="num_updates")
+            self.gamma = _parameter("gamma", start.gamma)
+            self.beta = _parameter("beta", start.beta)
+            self.moving_mean = _statistic("moving_mean", start.moving_mean, aggregation)
+            self.moving_variance = _statistic("moving_variance", start.moving_variance, aggregation)
+            self.hidden_mean = _statistic("hidden_mean", start.hidden_mean, aggregation)
+            self.hidden_variance = _statistic("hidden_variance", start.hidden_variance, aggregation)
+            self.renorm_mean = _statistic("renorm_mean", start.renorm_mean, aggregation)
+            self.renorm_stddev = _statistic("renorm_stddev", start.renorm_stddev, aggregation)
+            self.moving_stddev = _statistic("moving_stddev", start.moving_stddev, aggregation)
+            # One step is one update, on however many replicas it ran.
+            counter = np.asarray(start.num_updates, np.int64)
+            self.num_updates = _statistic("num_updates", counter, tf.VariableAggregation.ONLY_FIRST_REPLICA)
 
     def __call__(
         self,
@@ -108,5 +112,27 @@ class BatchNorm(tf.Module):
         self.num_updates.assign(new.num_updates)
 
 
-def _variable(name: str, value: Any, *, trainable: bool = False) -> Any:
-    return None if value is None else tf.Variable(value, trainable=trainable, name=name)
+def _parameter(name: str, value: Any) -> Any:
+    return None if value is None else tf.Variable(value, trainable=True, name=name)
+
+
+def _statistic(name: str, value: Any, aggregation: tf.VariableAggregation) -> Any:
+    """A variable of which, under a strategy, each replica updates its own copy.
+
+    ON_READ, because ON_WRITE would send every new value around: a collective for each variable and step, where the one
+    that merged the batches' statistics has said everything. All replicas compute the new values from the same numbers
+    by the same operations, so their copies stay the same. Without a strategy neither setting does anything.
+    """
+    if value is None:
+        return None
+    read = tf.VariableSynchronization.ON_READ
+    return tf.Variable(value, trainable=False, name=name, synchronization=read, aggregation=aggregation)
+
+
+def _aggregation(spec: BatchNormSpec) -> tf.VariableAggregation:
+    """How the replicas' copies are one value outside of `strategy.run`, where it is saved or evaluated.
+
+    Equal copies are any one of them; their mean would round. Of a layer that is not synchronized each replica has its
+    own statistics, and Keras's layer takes their mean.
+    """
+    return tf.VariableAggregation.ONLY_FIRST_REPLICA if spec.synchronized else tf.VariableAggregation.MEAN

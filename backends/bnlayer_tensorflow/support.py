@@ -1,7 +1,7 @@
-"""What this backend does not do."""
+"""What this backend does not do: there is nothing."""
 
 from __future__ import annotations
 
 from bnlayer.contract import Missing
 
-MISSING = Missing(fields={"synchronized": "statistics over replicas are not implemented"})
+MISSING = Missing()

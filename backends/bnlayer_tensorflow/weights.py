@@ -14,6 +14,37 @@ from .ghosts import Ghosts
 
 
 @dataclass(frozen=True, eq=False)
+class Sums:
+    """What weights add up to, relative to the largest of them, so that nothing overflows or vanishes; float64.
+
+    Two sets of weights are put together from their sums (see `synchronized`).
+
+    Attributes:
+        largest: the largest weight, without gradient; 0 where none is positive.
+        total: W over the largest.
+        as_large: how many positions have the largest weight.
+        others, squares: the sums of the other weights and of their squares, relative to the largest, without gradient.
+    """
+
+    largest: tf.Tensor
+    total: tf.Tensor
+    as_large: tf.Tensor
+    others: tf.Tensor
+    squares: tf.Tensor
+
+    @property
+    def freedom(self) -> tf.Tensor:
+        """1 - Q/W^2, that is 1 - 1/n; exactly 0 where a single position has weight.
+
+        With one position of largest weight set aside, W = 1 + R and W^2 - Q = 2 R + R^2 - Q_R, whose terms do not
+        cancel: 1 - Q/W^2 itself would round to 0 under one dominant weight, and the unbiased variance to infinity.
+        """
+        more = tf.maximum(self.as_large - 1.0, 0.0)
+        rest, squares = self.others + more, self.squares + more
+        return (2.0 * rest + (tf.square(rest) - squares)) / tf.square(1.0 + rest)
+
+
+@dataclass(frozen=True, eq=False)
 class Weights:
     """Weights of one call, or what the padding of its ghost batches amounts to.
 
@@ -24,18 +55,22 @@ class Weights:
         positive: whether a position has weight.
         proportions: w/W, so that they sum to 1 over all positions of a channel; all 0 where W is 0.
         any: whether W > 0.
-        freedom: 1 - Q/W^2, that is 1 - 1/n, without gradient; exactly 0 where a single position has weight.
+        sums: what they add up to.
         share: W over the W of all ghost batches, without gradient; 0 where that is 0.
+        valid: whether all are finite and not negative.
     """
 
     positive: tf.Tensor
     proportions: tf.Tensor
     any: tf.Tensor
-    freedom: tf.Tensor
+    sums: Sums
     share: tf.Tensor
+    valid: tf.Tensor
 
 
-def read_weights(weights: tf.Tensor | None, plan: CallPlan, count: Any, ghosts: Ghosts | None) -> Weights | None:
+def read_weights(
+    weights: tf.Tensor | None, plan: CallPlan, count: Any, ghosts: Ghosts | None, *, refuse: bool = True
+) -> Weights | None:
     """Check the weights' values and relate them to their total.
 
     Args:
@@ -43,6 +78,7 @@ def read_weights(weights: tf.Tensor | None, plan: CallPlan, count: Any, ghosts: 
         plan: of the call.
         count: elements of x per channel, an integer or an int64 scalar.
         ghosts: of the call, or None.
+        refuse: False leaves it to the caller to look at `valid`: replicas refuse together.
 
     Returns:
         None where every position counts the same: without weights, and without a ghost batch that has padding.
@@ -55,47 +91,47 @@ def read_weights(weights: tf.Tensor | None, plan: CallPlan, count: Any, ghosts: 
         return None
     rank = len(plan.channel_shape)
     if weights is None:
-        values = tf.ones([1] * rank, tf.float64)
+        values, valid = tf.ones([1] * rank, tf.float64), tf.constant(True)
     else:
         # There is one weight per position and not per element of x, so float64 costs little and Q/W^2 keeps its digits.
-        values = _checked(tf.cast(_aligned(_real(weights), plan), tf.float64))
+        values = tf.cast(_aligned(_real(weights), plan), tf.float64)
+        good = (values >= 0) & (values < float("inf"))
+        valid = tf.reduce_all(good)
+        if refuse:
+            values = _checked(values, good, valid)
     if ghosts is not None:  # a weight that all rows share has to be there for each, for they part
         rows = tf.reshape(tf.cast(ghosts.rows, tf.int64), [1])
         values = tf.broadcast_to(values, tf.concat([rows, tf.shape(values, tf.int64)[1:]], 0))
-    # How many positions of x one weight stands for; nothing comes of an empty batch, but no division by 0 either.
-    size = tf.maximum(tf.size(values, tf.int64), 1)
-    spread = tf.cast(tf.maximum(tf.cast(count, tf.int64) // size, 1), tf.float64)
+    # How many positions of x one weight stands for: none in an empty batch, also where all rows would share it.
+    spread = tf.cast(tf.cast(count, tf.int64) // tf.maximum(tf.size(values, tf.int64), 1), tf.float64)
     axes = tuple(range(rank))
     if ghosts is not None:
         values, axes = ghosts.split(values), tuple(i for i in range(rank + 1) if i != ghosts.axis)
     # Of an empty tensor it is -inf.
     largest = tf.maximum(tf.reduce_max(tf.stop_gradient(values), axes, keepdims=True), 0.0)
+    largest = tf.where(spread > 0, largest, tf.zeros_like(largest))
     has_weight = largest > 0
     # Relative to the largest, neither the total nor the squares can overflow or vanish.
     relative = values / tf.where(has_weight, largest, tf.ones_like(largest))
     total = tf.reduce_sum(relative, axes, keepdims=True) * spread
+    constant = tf.stop_gradient(relative)
+    at_most = tf.equal(constant, 1.0)
+    others = tf.where(at_most, tf.zeros_like(constant), constant)
+    sums = Sums(
+        largest=largest,
+        total=total,
+        as_large=tf.reduce_sum(tf.cast(at_most, constant.dtype), axes, keepdims=True) * spread,
+        others=tf.reduce_sum(others, axes, keepdims=True) * spread,
+        squares=tf.reduce_sum(tf.square(others), axes, keepdims=True) * spread,
+    )
     return Weights(
         positive=values > 0,
         proportions=relative / tf.where(has_weight, total, tf.ones_like(total)),
         any=has_weight,
-        freedom=_freedom(tf.stop_gradient(relative), spread, axes),
+        sums=sums,
         share=_share(largest, tf.stop_gradient(total)),
+        valid=valid,
     )
-
-
-def _freedom(relative: tf.Tensor, spread: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
-    """1 - Q/W^2 for weights whose largest is 1 (or all are 0), each of which stands for `spread` positions.
-
-    With one position of largest weight set aside, W = 1 + R and W^2 - Q = 2 R + R^2 - Q_R, whose terms do not cancel:
-    1 - Q/W^2 itself would round to 0 under one dominant weight, and the unbiased variance to infinity.
-    """
-    at_most = tf.equal(relative, 1.0)
-    others = tf.where(at_most, tf.zeros_like(relative), relative)
-    as_large = tf.reduce_sum(tf.cast(at_most, relative.dtype), axes, keepdims=True) * spread
-    more = tf.maximum(as_large - 1.0, 0.0)
-    rest = tf.reduce_sum(others, axes, keepdims=True) * spread + more
-    squares = tf.reduce_sum(tf.square(others), axes, keepdims=True) * spread + more
-    return (2.0 * rest + (tf.square(rest) - squares)) / tf.square(1.0 + rest)
 
 
 def _share(largest: tf.Tensor, total: tf.Tensor) -> tf.Tensor:
@@ -123,14 +159,13 @@ def _aligned(weights: tf.Tensor, plan: CallPlan) -> tf.Tensor:
     return weights
 
 
-def _checked(values: tf.Tensor) -> tf.Tensor:
-    good = (values >= 0) & (values < float("inf"))
+def _checked(values: tf.Tensor, good: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
     if tf.executing_eagerly():
-        if not bool(tf.reduce_all(good)):
+        if not bool(valid):
             raise InputError(
                 f"weights must be finite and not negative; got {values[tf.math.logical_not(good)].numpy()[0]}."
             )
         return values
-    check = tf.debugging.Assert(tf.reduce_all(good), ["weights must be finite and not negative; got", values])
+    check = tf.debugging.Assert(valid, ["weights must be finite and not negative; got", values])
     with tf.control_dependencies([check]):  # in a graph of TensorFlow 1 nothing else would run it
         return tf.identity(values)

@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from .conversion import convert_sync_batchnorm
     from .function import batch_norm
     from .layer import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm"]
+__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "convert_sync_batchnorm"]
 
 _HOMES: Final = {
     "BatchNorm": "layer",
@@ -20,6 +21,7 @@ _HOMES: Final = {
     "BatchNorm2d": "layer",
     "BatchNorm3d": "layer",
     "batch_norm": "function",
+    "convert_sync_batchnorm": "conversion",
 }
 
 

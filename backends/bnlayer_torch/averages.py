@@ -40,7 +40,7 @@ def updated(
     def average(name: str, new: Tensor, decay: float | Tensor) -> Tensor:
         """The average `name` moved, and as it is before it is rounded to the state's dtype."""
         old = held(state, name)
-        wide: Tensor = decay * old.to(torch.promote_types(old.dtype, new.dtype)) + (1.0 - decay) * new
+        wide: Tensor = decay * _at_least(old, new.dtype) + (1.0 - decay) * new
         put(name, wide)
         return wide
 
@@ -69,6 +69,11 @@ def updated(
         else:
             put("moving_variance", average("hidden_variance", entering, decay) / _seen(spec, t))
     return state.replace(**moved, num_updates=t if entered is None else state.num_updates + entered)
+
+
+def _at_least(old: Tensor, dtype: torch.dtype) -> Tensor:
+    # An exported graph would have a promotion of types as a node, and cannot run that.
+    return old if old.dtype == dtype else old.to(torch.promote_types(old.dtype, dtype))
 
 
 def _decay(spec: BatchNormSpec, t: int | Tensor, like: Tensor) -> float | Tensor:

@@ -6,10 +6,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bnlayer.contract import NDArray, Outcome, Request, require
+from bnlayer.errors import InputError, UnsupportedError
+from bnlayer.shards import cut, join
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
-from .support import MISSING
+from .support import missing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +32,7 @@ class TorchBackend:
         return ours is not None and isinstance(layer, ours.Module)
 
     def unsupported(self, spec: BatchNormSpec, request: Request | None = None) -> str | None:
-        return MISSING.reason(spec, request)
+        return missing(request)
 
     def build(self, spec: BatchNormSpec, state: BatchNormState[NDArray] | None = None, *, device: Any = None) -> Module:
         require("torch", "torch")
@@ -55,10 +57,20 @@ class TorchBackend:
         return layer
 
     def step(self, layer: Module, request: Request) -> tuple[Module, Outcome]:
-        from .bridge import run_step
+        from .bridge import read_state, run_step
 
         spec = layer.spec
-        MISSING.refuse(self.name, spec, request)
+        if request.shards is not None:
+            if not spec.synchronized:
+                raise InputError("shards need a synchronized layer; build it with synchronized=True.")
+            reason = missing(request)
+            if reason is not None:
+                raise UnsupportedError(f"backend {self.name!r} does not support {reason}.")
+            from .replicas import run
+
+            outcomes = run(spec, read_state(layer, spec), cut(request), _device(layer))
+            outcome = join(request, outcomes)
+            return self.load(layer, outcome.state), outcome
         layer.train(request.training)
         layer.frozen_statistics = request.frozen_statistics
 
@@ -73,6 +85,10 @@ class TorchBackend:
             return y
 
         return layer, run_step(layer, spec, request, forward)
+
+
+def _device(layer: Module) -> str:
+    return next((str(tensor.device) for tensor in (*layer.parameters(), *layer.buffers())), "cpu")
 
 
 BACKEND = TorchBackend()

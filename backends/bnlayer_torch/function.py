@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from bnlayer.call import plan_call
+from bnlayer.call import CallPlan, RenormClips, plan_call, refuse_single_value
 from bnlayer.call import renorm_clips as clips_of
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
@@ -18,8 +21,8 @@ from .averages import updated
 from .dtypes import DTYPES, dtype_name
 from .ghosts import by_ghosts
 from .normalization import Channels, by_batch, by_statistics, plain_affine
-from .support import MISSING
-from .weights import read_weights
+from .synchronized import by_replicas, group_of, in_agreement
+from .weights import Weights, read_weights
 
 
 def batch_norm(
@@ -32,6 +35,7 @@ def batch_norm(
     update_stats: bool = True,
     adjustment: tuple[Tensor, Tensor] | None = None,
     renorm_clips: Mapping[str, float | Tensor | None] | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, BatchNormState[Tensor]]:
     """Normalize x and update the moving statistics.
 
@@ -48,16 +52,68 @@ def batch_norm(
             to x. Gradients flow to both.
         renorm_clips: "r_max", "r_min" or "d_max" in place of the spec's for this call: a number, a tensor without
             dimensions, or None for no clip.
+        process_group: of a synchronized spec, whose processes the replicas are; None for all, where torch.distributed
+            is initialized. In training each of them has to make this call, also with no rows, and to take the same
+            derivatives, since every one of these is a collective; in eval there is none. Gradients are those of the
+            sum of all replicas' losses, and those of gamma and beta are this replica's part of it.
 
     Returns:
         y, of x's shape and dtype, and the state after: new tensors without gradient where they moved. With weights
         `num_updates` comes back as a tensor, for whether they hold any is not known before they are read.
 
     Raises:
-        InputError: x, the weights, the adjustment or the clips do not fit the spec.
-        UnsupportedError: the spec asks for what this backend lacks.
+        InputError: x, the weights, the adjustment or the clips do not fit the spec, on this or on another replica, or
+            this process is not in the process group.
     """
-    MISSING.refuse("torch", spec)
+    group = group_of(spec, training, process_group)
+    read = partial(_read, x, spec, training, update_stats, weights, adjustment, renorm_clips)
+    call = read() if group is None else in_agreement(group, spec, x.device, read)
+    plan, w = call.plan, call.read
+    if group is None and plan.synchronized and plan.count == 1:
+        refuse_single_value(spec, 1, f"batch of the only replica; got x with shape {tuple(x.shape)}")
+    channels = Channels(state, DTYPES[plan.arithmetic], x.device, spec.num_features)
+    if group is not None:
+        found = by_replicas(x, channels, spec, plan, call.weights, w, call.clips, call.adjustment, group)
+        if found is None:
+            return _by_moving(x, channels, spec, plan, w), state
+        y, batch = found
+        return y, updated(state, batch, spec) if plan.update else state
+    if plan.ghosted:
+        y, batch, entered = by_ghosts(x, channels, spec, plan, call.weights, call.clips)
+        return y, updated(state, batch, spec, entered) if plan.update else state
+    if not plan.batch_statistics or plan.count == 0:
+        return _by_moving(x, channels, spec, plan, w), state
+    y, batch = by_batch(x, channels, spec, plan, w, call.clips, call.adjustment)
+    return y, updated(state, batch, spec, None if w is None else w.present.any()) if plan.update else state
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call's arguments, found to fit the spec.
+
+    Attributes:
+        plan, clips: as decided by the core.
+        weights: of the plan's `weights_shape`, or None.
+        read: the same, checked and related to their total; None also where x is empty or each ghost batch has its own.
+        adjustment: of the plan's arithmetic; None where it does not hold.
+    """
+
+    plan: CallPlan
+    clips: RenormClips
+    weights: Tensor | None
+    read: Weights | None
+    adjustment: tuple[Tensor, Tensor] | None
+
+
+def _read(
+    x: Tensor,
+    spec: BatchNormSpec,
+    training: bool,
+    update_stats: bool,
+    weights: Tensor | None,
+    adjustment: tuple[Tensor, Tensor] | None,
+    renorm_clips: Mapping[str, float | Tensor | None] | None,
+) -> _Call:
     plan = plan_call(
         spec,
         x.shape,
@@ -68,23 +124,26 @@ def batch_norm(
         adjustment_shapes=None if adjustment is None else (adjustment[0].shape, adjustment[1].shape),
     )
     clips = clips_of(spec, renorm_clips)
-    arithmetic = DTYPES[plan.arithmetic]
-    channels = Channels(state, arithmetic, x.device, spec.num_features)
     if weights is not None:
         assert plan.weights_shape is not None
         weights = weights.reshape([int(length or 0) for length in plan.weights_shape])
-    if plan.ghosted:
-        y, batch, entered = by_ghosts(x, channels, spec, plan, weights, clips)
-        return y, updated(state, batch, spec, entered) if plan.update else state
-    w = None if weights is None or plan.count == 0 else read_weights(weights, plan)
-    if not plan.batch_statistics or plan.count == 0:
-        if w is None and spec.epsilon > 0 and plan.count != 0:
-            return fused.from_moving(x, channels.gamma, channels.beta, *channels.moving, spec.epsilon, plan), state
-        y = by_statistics(x.to(arithmetic), plain_affine(channels, plan), *channels.moving, spec.epsilon, plan, w)
-        return y.to(x.dtype), state
-    adjusting = _read_adjustment(adjustment, arithmetic) if training else None
-    y, batch = by_batch(x, channels, spec, plan, w, clips, adjusting)
-    return y, updated(state, batch, spec, None if w is None else w.present.any()) if plan.update else state
+    whole = plan.count != 0 and not plan.ghosted
+    return _Call(
+        plan,
+        clips,
+        weights,
+        read_weights(weights, plan) if weights is not None and whole else None,
+        _read_adjustment(adjustment, DTYPES[plan.arithmetic]) if training else None,
+    )
+
+
+def _by_moving(x: Tensor, channels: Channels, spec: BatchNormSpec, plan: CallPlan, weights: Weights | None) -> Tensor:
+    """y by the moving statistics."""
+    if weights is None and spec.epsilon > 0 and plan.count != 0:
+        return fused.from_moving(x, channels.gamma, channels.beta, *channels.moving, spec.epsilon, plan)
+    wide = x.to(channels.arithmetic)
+    affine = plain_affine(channels, plan)
+    return by_statistics(wide, affine, *channels.moving, spec.epsilon, plan, weights).to(x.dtype)
 
 
 def _read_adjustment(adjustment: tuple[Tensor, Tensor] | None, arithmetic: torch.dtype) -> tuple[Tensor, Tensor] | None:

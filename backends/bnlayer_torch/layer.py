@@ -8,23 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, TypedDict, Unpack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
 
 from bnlayer.call import trains
 from bnlayer.dialects import complement
-from bnlayer.errors import InputError, SpecError, StateError
+from bnlayer.errors import InputError, SpecError, StateError, UnsupportedError
 from bnlayer.spec import BatchNormSpec, Estimator, GhostLayout, NonFinite, Renorm, SingleValue, ZeroDebias
 from bnlayer.state import BatchNormState, array_names
 
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
 from .fused import is_ambiguous, loses_gradients, sums_drift
-from .support import MISSING
+from .surroundings import around, write
+from .synchronized import GroupReference
 from .tensors import EXTRA_BUFFERS, tensors_of
+from .tools import Qconfig, fx_node, refuse_fusing, scriptable
+
+
+class CallOptions(TypedDict, total=False):
+    """What a module's call takes by keyword, all of it optional; see `Module.forward`."""
+
+    update_stats: bool
+    adjustment: tuple[Tensor, Tensor] | None
+    renorm_clips: Mapping[str, float | Tensor | None] | None
+
+
+# Arguments of `_spec`: what the attributes of a module say that it is.
+_Said = tuple[
+    int, int, float, float | None, bool, bool, bool, Estimator, ZeroDebias, Renorm | None, int | None, GhostLayout,
+    SingleValue, NonFinite, bool, str, str,
+]  # fmt: skip
+_SPEAKING: Final = frozenset(
+    {"num_features", "axis", "eps", "momentum", "weight", "bias", "track_running_stats", "running_mean",
+     "moving_variance_estimator", "zero_debias", "renorm", "virtual_batch_size", "virtual_batch_layout",
+     "single_value", "nonfinite", "synchronized"}
+)  # fmt: skip
 
 
 class Module(TorchBatchNorm):
@@ -34,7 +58,10 @@ class Module(TorchBatchNorm):
         num_features, eps, momentum, affine, track_running_stats: as torch's; `momentum` None averages all updates.
         axis: the channel axis.
         moving_variance_estimator, zero_debias, renorm, virtual_batch_size, virtual_batch_layout, single_value,
-            nonfinite: as the spec's.
+            nonfinite, synchronized: as the spec's.
+        process_group: whose processes a synchronized module's statistics are over; None for all, where
+            torch.distributed is initialized (see `bnlayer_torch.batch_norm`). A copy of the module has the same group;
+            a module with one cannot be pickled.
         frozen_statistics: True: the moving statistics normalize and stay as they are, in training too; `train()` does
             not change it.
         weight, bias: gamma and beta, or None.
@@ -45,21 +72,29 @@ class Module(TorchBatchNorm):
 
     _ranks: ClassVar[tuple[int, ...]] = ()  # of the inputs that the class takes; empty for any
 
-    axis: int
-    moving_variance_estimator: Estimator
-    zero_debias: ZeroDebias
-    renorm: Renorm | None
-    virtual_batch_size: int | None
-    virtual_batch_layout: GhostLayout
-    single_value: SingleValue
-    nonfinite: NonFinite
-    frozen_statistics: bool
+    # The values of a module that never heard of them: one of torch.nn's that is made ours by its `__class__`, or from a
+    # file that is older than the attribute.
+    axis: int = 1
+    moving_variance_estimator: Estimator = "unbiased"
+    zero_debias: ZeroDebias = "none"
+    renorm: Renorm | None = None
+    virtual_batch_size: int | None = None
+    virtual_batch_layout: GhostLayout = "strided"
+    single_value: SingleValue = "raise"
+    nonfinite: NonFinite = "propagate"
+    synchronized: bool = False
+    frozen_statistics: bool = False
+    _process_group: GroupReference | None = None
+    _param_dtype: str = "float32"
+    _stats_dtype: str = "float32"
+    _remembered: tuple[_Said, BatchNormSpec] | None = None
 
-    def _set_up(self, spec: BatchNormSpec, device: Any) -> None:
+    qconfig = Qconfig()
+
+    def _set_up(self, spec: BatchNormSpec, device: Any, process_group: dist.ProcessGroup | None) -> None:
         """Fill a new module that torch's constructor left without parameters and buffers."""
-        MISSING.refuse("torch", spec)
         self.num_features = spec.num_features
-        self.eps = spec.epsilon
+        self.eps = spec.epsilon  # pyright: ignore[reportIncompatibleVariableOverride]
         self.momentum = None if spec.decay == "cumulative" else complement(float(spec.decay))
         self.affine = spec.scale
         self.track_running_stats = spec.track_moving_stats
@@ -71,6 +106,8 @@ class Module(TorchBatchNorm):
         self.virtual_batch_layout = spec.virtual_batch_layout
         self.single_value = spec.single_value
         self.nonfinite = spec.nonfinite
+        self.synchronized = spec.synchronized
+        self.process_group = process_group
         self.frozen_statistics = False
         # A module without parameters or without statistics has no tensor that would tell their dtype.
         self._param_dtype, self._stats_dtype = spec.param_dtype, spec.stats_dtype
@@ -85,6 +122,21 @@ class Module(TorchBatchNorm):
                 )
             self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
         self.reset_parameters()
+        self._remember()
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance inside the square root."""
+        if self.axis != 1:
+            refuse_fusing(self.axis)
+        value: float | None = self.__dict__.get("eps")
+        if value is None:
+            raise AttributeError("eps")
+        return value
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = value
 
     @property
     def spec(self) -> BatchNormSpec:
@@ -93,12 +145,18 @@ class Module(TorchBatchNorm):
         Raises:
             SpecError: an attribute was set to what no batch norm can be.
         """
+        said = self._said()
+        if self._remembered is not None and self._remembered[0] == said:
+            return self._remembered[1]
+        return _spec(*said)
+
+    def _said(self) -> _Said:
         stored = self.weight if self.weight is not None else self.bias
         tracked = self.running_mean
-        return _spec(
+        return (
             self.num_features,
             self.axis,
-            self.eps,
+            self.__dict__["eps"],
             self.momentum,
             self.bias is not None,
             self.weight is not None,
@@ -110,9 +168,53 @@ class Module(TorchBatchNorm):
             self.virtual_batch_layout,
             self.single_value,
             self.nonfinite,
+            self.synchronized,
             self._param_dtype if stored is None else dtype_name(stored.dtype),
             self._stats_dtype if tracked is None else dtype_name(tracked.dtype),
         )
+
+    def _remember(self) -> None:
+        """Find the spec now that nothing is traced: torch.compile cannot follow how it is checked."""
+        try:
+            said = self._said()
+            self.__dict__["_remembered"] = said, _spec(*said)
+        except SpecError:
+            self.__dict__["_remembered"] = None  # the next call refuses it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _SPEAKING and "_remembered" in self.__dict__:
+            self._remember()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._remember()
+        return applied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_remembered"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._remember()
+
+    def __prepare_scriptable__(self) -> TorchBatchNorm:
+        """torch.nn's module over the same tensors, which torch.jit.script compiles in place of this one.
+
+        Raises:
+            UnsupportedError: torch.nn's would compute something else.
+        """
+        return scriptable(self)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """Whose processes a synchronized module's statistics are over."""
+        held = self._process_group
+        return None if held is None else held.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._process_group = None if group is None else GroupReference(group)
 
     def reset_running_stats(self) -> None:
         """Back to moving statistics that nothing entered: mean 0, variance 1, counter 0, and what that means for the
@@ -132,22 +234,17 @@ class Module(TorchBatchNorm):
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
 
-    def forward(
-        self,
-        input: Tensor,
-        weights: Tensor | None = None,
-        *,
-        update_stats: bool = True,
-        adjustment: tuple[Tensor, Tensor] | None = None,
-        renorm_clips: Mapping[str, float | Tensor | None] | None = None,
-    ) -> Tensor:
+    def forward(self, input: Tensor, weights: Tensor | None = None, **options: Unpack[CallOptions]) -> Tensor:
         """Normalize `input`, and in training update the moving statistics.
+
+        Inside of a backward pass nothing is updated: a call there computes again what already was (activation
+        checkpointing). What torch.compile has compiled cannot tell: compile what contains the checkpoint.
 
         Args:
             input: float tensor, `num_features` long on the channel axis.
             weights: mask or weights of shape (N,), the input's shape without the channel axis, or with 1 on it.
             update_stats: False: batch statistics normalize, but the moving ones and the counter stay (for
-                recomputation and extra forward passes).
+                recomputation and extra forward passes). By default True.
             adjustment: in training, a scale and a bias of the normalized values before weight and bias; each
                 broadcastable to the input.
             renorm_clips: "r_max", "r_min" or "d_max" in place of the module's for this call; None is no clip.
@@ -159,18 +256,40 @@ class Module(TorchBatchNorm):
             InputError: the input, the weights, the adjustment or the clips do not fit the module.
             SpecError: an attribute was set to what no batch norm can be.
             StateError: an attribute asks for statistics that the module was built without.
+            UnsupportedError: torch.func.vmap would give the module as many statistics as there are examples, or a
+                checkpoint would compute a renorm again.
         """
+        if type(input) is not Tensor and isinstance(input, Proxy):
+            return fx_node(self, input, weights, options)
         self._check_input_dim(input)
-        training = self.training and not self.frozen_statistics
-        if weights is None and update_stats and adjustment is None and renorm_clips is None:
-            y = self._fused(input, training)
+        if weights is None and not options:
+            y = self._fused(input, self.training and not self.frozen_statistics)
             if y is not None:
                 return y
+        return self._by_spec(input, weights, **options)
+
+    def _by_spec(
+        self,
+        x: Tensor,
+        weights: Tensor | None,
+        *,
+        update_stats: bool = True,
+        adjustment: tuple[Tensor, Tensor] | None = None,
+        renorm_clips: Mapping[str, float | Tensor | None] | None = None,
+    ) -> Tensor:
         spec = self.spec
         training = trains(spec, self.training, self.frozen_statistics)
+        if training and update_stats and around() == "recomputation":
+            if spec.renorm is not None:
+                # Its averages have moved on since, and r and d would be others.
+                raise UnsupportedError(
+                    "renorm cannot be computed again in the backward pass, as torch.utils.checkpoint does: it reads the"
+                    " averages from before the update. Keep the layer out of the checkpoint."
+                )
+            update_stats = False
         before = self._state(spec, copied=not training and torch.is_grad_enabled())
         y, after = batch_norm(
-            input,
+            x,
             before,
             spec,
             training=training,
@@ -178,6 +297,7 @@ class Module(TorchBatchNorm):
             update_stats=update_stats,
             adjustment=adjustment,
             renorm_clips=renorm_clips,
+            process_group=self.process_group,
         )
         if after is not before:
             self._keep(after, spec)
@@ -186,11 +306,18 @@ class Module(TorchBatchNorm):
     def _fused(self, x: Tensor, training: bool) -> Tensor | None:
         """y from torch's kernel on the module's own tensors, where that is all there is to do; else None.
 
-        Always None for what has to be refused: `batch_norm` says what is wrong with it. A module's tensors are slow to
-        look up, so each is looked up once.
+        Always None for what has to be refused: `batch_norm` says what is wrong with it. As attributes a module's
+        tensors are slow to look up, so they are taken from where it keeps them.
         """
-        mean, eps = self.running_mean, self.eps
-        if mean is None or not self.track_running_stats or self.axis != 1 or not isinstance(eps, float):
+        buffers, eps = self._buffers, self.__dict__["eps"]
+        mean, variance = buffers.get("running_mean"), buffers.get("running_var")
+        if (
+            mean is None
+            or variance is None
+            or not self.track_running_stats
+            or self.axis != 1
+            or not isinstance(eps, float)
+        ):
             return None
         stored, given, shape = mean.dtype, x.dtype, x.shape
         if (
@@ -203,15 +330,20 @@ class Module(TorchBatchNorm):
             or loses_gradients(x)
         ):
             return None
-        weight, bias, variance, factor = self.weight, self.bias, self.running_var, 0.0
+        parameters = self._parameters
+        if "weight" in parameters and "bias" in parameters:
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:  # what computes a parameter from others keeps it elsewhere
+            weight, bias = self.weight, self.bias
         if bias is not None and (weight is None or bias.dtype is not stored):
             return None
         if weight is not None and weight.dtype is not stored:
             return None
-        assert variance is not None
         count = x.numel() // self.num_features
+        momentum = self.momentum
+        factor = momentum if isinstance(momentum, float) else 0.0  # in eval too: an exported file says what it was
         if training:
-            momentum, counter = self.momentum, self.num_batches_tracked
+            counter = buffers.get("num_batches_tracked")
             if (
                 count < 2
                 or not isinstance(momentum, float)
@@ -222,16 +354,28 @@ class Module(TorchBatchNorm):
                 or self.zero_debias != "none"
                 or self.renorm is not None
                 or self.virtual_batch_size is not None
+                or self.synchronized
                 or sums_drift(x, 1, count)
             ):
                 return None
-            counter.add_(1)
-            # The kernel keeps what it is given for the backward pass, which in training makes no use of it. By another
-            # handle on the same memory a later change of the statistics does not look like damage to that pass.
-            mean, variance, factor = mean.data, variance.data, momentum
+            what = around()
+            if what == "transform":
+                return None
+            if what == "recomputation":
+                mean, variance = mean.clone(), variance.clone()  # the update goes nowhere
+            else:
+                counter.add_(1)
+            if what == "nothing":
+                # The kernel keeps what it is given for the backward pass, which in training makes no use of it. By
+                # another handle on the same memory a later change of the statistics does not look like damage to it.
+                mean, variance = mean.data, variance.data
         elif count == 0:
             return None
-        elif torch.is_grad_enabled():
+        elif (
+            torch.is_grad_enabled()
+            and (x.requires_grad or _learns(weight) or _learns(bias))
+            and around() != "trace"  # there an exporter looks for the module's own tensors
+        ):
             # Here the backward pass does use them, and a later training call changes them in place.
             mean, variance = mean.clone(), variance.clone()
         return torch.batch_norm(
@@ -254,7 +398,6 @@ class Module(TorchBatchNorm):
                 found[name] = None if tensor is None else tensor.clone()
         return BatchNormState(**found, num_updates=counter)
 
-    @torch.no_grad()
     def _keep(self, after: BatchNormState[Tensor], spec: BatchNormSpec) -> None:
         """Write moved statistics into the buffers, which stay the same tensors for whoever holds them."""
         assert self.num_batches_tracked is not None
@@ -262,8 +405,8 @@ class Module(TorchBatchNorm):
             moved = getattr(after, name)
             if moved is not tensor:
                 assert tensor is not None
-                tensor.copy_(moved)
-        self.num_batches_tracked.copy_(after.num_updates)
+                write(tensor, moved)
+        write(self.num_batches_tracked, after.num_updates)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self._ranks and input.dim() not in self._ranks:
@@ -281,24 +424,34 @@ class Module(TorchBatchNorm):
 
 
 _USUAL: Final = {
-    "axis": 1,
-    "moving_variance_estimator": "unbiased",
-    "zero_debias": "none",
-    "renorm": None,
-    "virtual_batch_size": None,
-    "virtual_batch_layout": "strided",
-    "single_value": "raise",
-    "nonfinite": "propagate",
-    "frozen_statistics": False,
+    name: getattr(Module, name)
+    for name in (
+        "axis",
+        "moving_variance_estimator",
+        "zero_debias",
+        "renorm",
+        "virtual_batch_size",
+        "virtual_batch_layout",
+        "single_value",
+        "nonfinite",
+        "synchronized",
+        "frozen_statistics",
+    )
 }
+
+
+# What a module's own dictionary has beyond that of torch.nn's.
+OWN_ATTRIBUTES: Final = (*_USUAL, "_process_group", "_param_dtype", "_stats_dtype", "_remembered")
 
 
 class BatchNorm(Module):
     """Batch normalization of any rank and channel axis, from a spec; otherwise as `BatchNorm1d/2d/3d`."""
 
-    def __init__(self, spec: BatchNormSpec, *, device: Any = None) -> None:
+    def __init__(
+        self, spec: BatchNormSpec, *, device: Any = None, process_group: dist.ProcessGroup | None = None
+    ) -> None:
         super().__init__(0, affine=False, track_running_stats=False)
-        self._set_up(spec, device)
+        self._set_up(spec, device, process_group)
 
 
 class _TorchArguments(Module):
@@ -324,6 +477,8 @@ class _TorchArguments(Module):
         virtual_batch_layout: GhostLayout = "strided",
         single_value: SingleValue = "raise",
         nonfinite: NonFinite = "propagate",
+        synchronized: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         stats_dtype: torch.dtype | None = None,
     ) -> None:
         """Torch's arguments, and by keyword what a spec has beyond them.
@@ -332,7 +487,9 @@ class _TorchArguments(Module):
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch's.
             center, scale: whether there is a bias, a weight; None for what `affine` and `bias` say.
             moving_variance_estimator, zero_debias, renorm, virtual_batch_size, virtual_batch_layout, single_value,
-                nonfinite: as in `bnlayer.BatchNormSpec`; renorm goes with moving_variance_estimator="biased" only.
+                nonfinite, synchronized: as in `bnlayer.BatchNormSpec`; renorm goes with
+                moving_variance_estimator="biased" only.
+            process_group: whose processes the statistics of a synchronized module are over; None for all.
             stats_dtype: of the moving statistics; None for `dtype`.
 
         Raises:
@@ -355,25 +512,26 @@ class _TorchArguments(Module):
             virtual_batch_layout,
             single_value,
             nonfinite,
+            synchronized,
             param_dtype,
             param_dtype if stats_dtype is None else dtype_name(stats_dtype),
         )
-        self._set_up(spec, device)
+        self._set_up(spec, device, process_group)
 
 
-class BatchNorm1d(_TorchArguments, torch.nn.BatchNorm1d):
+class BatchNorm1d(_TorchArguments, torch.nn.BatchNorm1d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Batch normalization of (N, C) or (N, C, L) input; see `BatchNorm1d.__init__` for torch's arguments and ours."""
 
     _ranks = (2, 3)
 
 
-class BatchNorm2d(_TorchArguments, torch.nn.BatchNorm2d):
+class BatchNorm2d(_TorchArguments, torch.nn.BatchNorm2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Batch normalization of (N, C, H, W) input; see `BatchNorm2d.__init__` for torch's arguments and ours."""
 
     _ranks = (4,)
 
 
-class BatchNorm3d(_TorchArguments, torch.nn.BatchNorm3d):
+class BatchNorm3d(_TorchArguments, torch.nn.BatchNorm3d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Batch normalization of (N, C, D, H, W) input; see `BatchNorm3d.__init__` for torch's arguments and ours."""
 
     _ranks = (5,)
@@ -395,6 +553,7 @@ def _spec(
     virtual_batch_layout: GhostLayout,
     single_value: SingleValue,
     nonfinite: NonFinite,
+    synchronized: bool,
     param_dtype: str,
     stats_dtype: str,
 ) -> BatchNormSpec:
@@ -414,6 +573,7 @@ def _spec(
         track_moving_stats=track,
         single_value=single_value,
         nonfinite=nonfinite,
+        synchronized=synchronized,
         param_dtype=param_dtype,
         stats_dtype=stats_dtype,
     )
@@ -424,6 +584,10 @@ def _checked_renorm(renorm: object) -> Renorm | None:
     if renorm is None or isinstance(renorm, Renorm):
         return renorm
     raise SpecError(f"renorm must be None or a bnlayer.Renorm; got {renorm!r}.")
+
+
+def _learns(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def _decay(momentum: float | None, track: bool) -> float | Literal["cumulative"]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from bnlayer.call import trains
 from bnlayer.contract import Missing, NDArray, Outcome, Request, require
@@ -25,17 +26,22 @@ _MISSING = Missing(
         "virtual_batch_size": _NO_OPTION,
         "zero_debias": _NO_OPTION,
         "synchronized": "torch.nn has another class for it, SyncBatchNorm",
-        "single_value": "torch.nn always raises",
         "nonfinite": "torch.nn always propagates",
     },
     adjustment="torch.nn has no such argument",
 )
+_WORDS = ("axis", "single_value", "moving_variance_estimator")
+_AXIS = "axis: torch.nn's channel axis is 1"
 
 
 class TorchNN:
     """torch.nn's batch norm, of the class that the rank of its input asks for."""
 
     name = "torch.nn"
+
+    def __init__(self) -> None:
+        # What a layer was built for and does not know of: the spec's word for axis 1, and what has no effect on it.
+        self._words: WeakKeyDictionary[_BatchNorm, dict[str, Any]] = WeakKeyDictionary()
 
     @property
     def deviations(self) -> Path:
@@ -63,9 +69,9 @@ class TorchNN:
         reason = _MISSING.reason(spec, request)
         if reason is not None:
             return reason
-        if spec.axis != 1:
-            return "axis: torch.nn's channel axis is 1"
-        if spec.moving_variance_estimator != "unbiased":
+        if spec.axis != 1 and not -4 <= spec.axis < 0:
+            return _AXIS
+        if spec.track_moving_stats and spec.moving_variance_estimator != "unbiased":
             return "moving_variance_estimator: torch.nn's is unbiased"
         if spec.center and not spec.scale:
             return "scale: torch.nn has no bias without a weight"
@@ -92,6 +98,7 @@ class TorchNN:
             device=device,
             dtype=DTYPES[spec.param_dtype],
         )
+        self._words[layer] = {name: getattr(spec, name) for name in _WORDS}
         if state is not None:
             write_state(layer, state, spec)
         return layer
@@ -99,19 +106,19 @@ class TorchNN:
     def extract(self, layer: _BatchNorm) -> tuple[BatchNormSpec, BatchNormState[NDArray]]:
         from .bridge import read_state
 
-        spec = _spec_of(layer)
+        spec = self._spec_of(layer)
         return spec, read_state(layer, spec)
 
     def load(self, layer: _BatchNorm, state: BatchNormState[NDArray]) -> _BatchNorm:
         from .bridge import write_state
 
-        write_state(layer, state, _spec_of(layer))
+        write_state(layer, state, self._spec_of(layer))
         return layer
 
     def step(self, layer: _BatchNorm, request: Request) -> tuple[_BatchNorm, Outcome]:
         from .bridge import run_step
 
-        spec = _spec_of(layer)
+        spec = self._spec_of(layer)
         self._refuse(spec, request)
         # Frozen statistics are, in torch's idiom, a batch norm left in eval mode.
         layer.train(trains(spec, request.training, request.frozen_statistics))
@@ -125,6 +132,25 @@ class TorchNN:
 
         return layer, run_step(layer, spec, request, forward)
 
+    def _spec_of(self, layer: _BatchNorm) -> BatchNormSpec:
+        from .dtypes import dtype_name
+
+        stored = next((t.dtype for t in (layer.weight, layer.running_mean) if t is not None), None)
+        dtype = "float32" if stored is None else dtype_name(stored)
+        spec = BatchNormSpec(
+            layer.num_features,
+            axis=1,
+            epsilon=layer.eps,
+            decay="cumulative" if layer.momentum is None else complement(layer.momentum),
+            center=layer.bias is not None,
+            scale=layer.weight is not None,
+            moving_variance_estimator="unbiased",
+            track_moving_stats=layer.running_mean is not None,
+            param_dtype=dtype,
+            stats_dtype=dtype,
+        )
+        return spec.replace(**self._words.get(layer, {}))
+
     def _refuse(self, spec: BatchNormSpec, request: Request | None = None) -> None:
         reason = self.unsupported(spec, request)
         if reason is not None:
@@ -135,6 +161,8 @@ def _unsupported_request(spec: BatchNormSpec, request: Request) -> str | None:
     if not request.update_stats and request.training and spec.track_moving_stats:
         return "update_stats: torch.nn always updates in training"
     for call in request.calls:
+        if spec.axis < 0 and call.x.ndim >= 2 and spec.axis + call.x.ndim != 1:
+            return _AXIS
         if call.weights is not None:
             return "weights: torch.nn has no such argument"
         dtype = call.x.dtype.name
@@ -142,25 +170,6 @@ def _unsupported_request(spec: BatchNormSpec, request: Request) -> str | None:
         if dtype in ("float16", "bfloat16", "float32", "float64") and dtype != spec.param_dtype and not mixed:
             return f"{dtype}: torch.nn takes x of the parameters' dtype, or half x with float32 parameters"
     return None
-
-
-def _spec_of(layer: _BatchNorm) -> BatchNormSpec:
-    from .dtypes import dtype_name
-
-    stored = next((t.dtype for t in (layer.weight, layer.running_mean) if t is not None), None)
-    dtype = "float32" if stored is None else dtype_name(stored)
-    return BatchNormSpec(
-        layer.num_features,
-        axis=1,
-        epsilon=layer.eps,
-        decay="cumulative" if layer.momentum is None else complement(layer.momentum),
-        center=layer.bias is not None,
-        scale=layer.weight is not None,
-        moving_variance_estimator="unbiased",
-        track_moving_stats=layer.running_mean is not None,
-        param_dtype=dtype,
-        stats_dtype=dtype,
-    )
 
 
 BACKEND = TorchNN()

@@ -15,6 +15,7 @@ from . import fused
 from .dtypes import DTYPES
 from .renorm import corrections
 from .statistics import Moments, batch_moments
+from .surroundings import around
 from .tensors import held
 from .weights import Weights
 
@@ -114,12 +115,13 @@ def by_batch(
     if fusible and spec.renorm is None and adjustment is None:
         return fused.from_batch(x, channels.gamma, channels.beta, spec.epsilon, plan)
     wide = x.to(DTYPES[plan.arithmetic])  # once, so that a half x's gradients add up in float32
-    if fusible:
+    # Of a trace the ONNX exporter keeps the kernel's y only, and renorm needs the statistics.
+    if fusible and (spec.renorm is None or around() != "trace"):
         xhat, batch = fused.from_batch(wide, None, None, spec.epsilon, plan)
-        return _affine(channels, spec, plan, batch, clips, adjustment)(xhat).to(x.dtype), batch
+        return affine_of(channels, spec, plan, batch, clips, adjustment)(xhat).to(x.dtype), batch
     batch = batch_moments(wide, plan, weights)
     mean, variance = batch.mean, batch.variance
-    affine = _affine(channels, spec, plan, batch, clips, adjustment)
+    affine = affine_of(channels, spec, plan, batch, clips, adjustment)
     if weights is not None:
         # Without a single weighted element there are no batch statistics: y comes by the eval formula.
         moving_mean, moving_variance = channels.moving
@@ -160,7 +162,7 @@ def plain_affine(channels: Channels, plan: CallPlan) -> Affine:
     )
 
 
-def _affine(
+def affine_of(
     channels: Channels,
     spec: BatchNormSpec,
     plan: CallPlan,
@@ -168,6 +170,7 @@ def _affine(
     clips: RenormClips,
     adjustment: tuple[Tensor, Tensor] | None,
 ) -> Affine:
+    """All that is done to what a batch's own statistics normalized."""
     plain = plain_affine(channels, plan)
     correction = None
     if spec.renorm is not None:

@@ -26,6 +26,20 @@ def batch_moments(x: Tensor, plan: CallPlan, weights: Weights | None) -> Moments
 
     x has the arithmetic's dtype and at least one element a channel. Right to every order of differentiation.
     """
+    shift, c, variance = shifted_moments(x, plan, weights)
+    if weights is not None:
+        scaled = variance.detach() * weights.bessel
+        unbiased = torch.where(weights.bessel > 0, scaled, 0.0)  # not 0 times what may not be finite
+    elif plan.count == 1:
+        unbiased = torch.zeros_like(variance)
+    else:
+        assert plan.count is not None
+        unbiased = variance.detach() * (plan.count / (plan.count - 1))
+    return Moments(shift + c, variance, unbiased.to(variance.dtype))
+
+
+def shifted_moments(x: Tensor, plan: CallPlan, weights: Weights | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A constant close to the mean, the mean of x minus that, and the variance: (C,) each; arguments as above."""
 
     def mean(values: Tensor) -> Tensor:
         if weights is None:
@@ -38,21 +52,13 @@ def batch_moments(x: Tensor, plan: CallPlan, weights: Weights | None) -> Moments
     shift = mean(counted).detach()
     deviation = x - shift
     if weights is not None:
-        deviation = torch.where(_entering(deviation, weights), deviation, 0.0)
+        deviation = torch.where(entering(deviation, weights), deviation, 0.0)
     c = mean(deviation)
-    variance = mean(torch.square(deviation - c)).reshape(-1)
-    if weights is not None:
-        scaled = variance.detach() * weights.bessel
-        unbiased = torch.where(weights.bessel > 0, scaled, 0.0)  # not 0 times what may not be finite
-    elif plan.count == 1:
-        unbiased = torch.zeros_like(variance)
-    else:
-        assert plan.count is not None
-        unbiased = variance.detach() * (plan.count / (plan.count - 1))
-    return Moments((shift + c).reshape(-1), variance, unbiased.to(variance.dtype))
+    variance = mean(torch.square(deviation - c))
+    return shift.reshape(-1), c.reshape(-1), variance.reshape(-1)
 
 
-def _entering(deviation: Tensor, weights: Weights) -> Tensor:
+def entering(deviation: Tensor, weights: Weights) -> Tensor:
     """Which positions' values enter the sums: anything may lie under a mask.
 
     Real weights of 0 get a gradient from the value under them, unless its square is not finite.

@@ -57,6 +57,8 @@ FEATURES: Final[dict[str, Feature]] = {
     "renorm": Feature(spec={"renorm": Renorm(r_max=3.0, r_min=1 / 3, d_max=5.0)}),
     "virtual_batch_size": Feature(spec={"virtual_batch_size": 1}),
     "synchronized": Feature(spec={"synchronized": True}),
+    "several replicas": Feature(spec={"synchronized": True}, request={"shards": (1, 1)}),
+    "second order": Feature(call={"dy": np.ones((2, 3), np.float32), "direction": np.ones((2, 3), np.float32)}),
     "weights": Feature(call={"weights": _ONES}),
     "masks": Feature(call={"weights": _ONES > 0}),
     "adjustment": Feature(call={"adjustment": (np.ones(3, np.float32), np.zeros(3, np.float32))}),

@@ -258,7 +258,12 @@ def second_order_errors(
     moved: Sequence[Number], s2: Number, s2_moved: Number, dx: Sequence[Number], dx_errors: Sequence[float],
     values: Sequence[Number],
 ) -> list[float]:  # fmt: skip
-    """Of hvp = -dx q/sd - factor p (xhat' S2 + xhat S2'), element by element; `moved` is xhat', `mean` is sum(pt)."""
+    """Of hvp = -dx q/sd - factor p (xhat' S2 + xhat S2'), element by element; `moved` is xhat', `mean` is sum(pt).
+
+    The gradient of <dx, t>, which reverse mode takes twice, adds up the same products in another order: with
+    G = -factor (g q + p t S2) it is (G - p sum(G) - p xhat sum(G xhat))/sd less p xhat factor (sum(gt) - S1 sum(pt) -
+    S2 q)/sd. Each of them is in the bound by its size: ku |dy| and ku sum|dy| in dx's error, sum|g t| in that of S2'.
+    """
     ku, deviation = errors.ku, abs(_f(sd)) or 1.0
     of_xhat = [xhat_error(errors, h) for h in xhat]
     sizes = [(abs(_f(h)), abs(_f(pi)), abs(_f(ti))) for h, pi, ti in zip(xhat, p, t, strict=True)]

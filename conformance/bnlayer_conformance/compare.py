@@ -21,6 +21,7 @@ class Finding:
         ratio: the worst error in tolerances: at most 1 passes; infinite for a wrong kind, dtype, shape or finiteness.
         error, tolerance: of the worst element; None where there is no number to give.
         reason: what differs, for people; "" where nothing does.
+        short: the same in a word, where no number says it: "NaN", "dtype float32", "refuses".
     """
 
     observable: str
@@ -28,6 +29,7 @@ class Finding:
     error: float | None = None
     tolerance: float | None = None
     reason: str = ""
+    short: str = ""
 
     @property
     def passed(self) -> bool:
@@ -40,13 +42,14 @@ def compare(observable: str, got: Any, want: Expected | None) -> Finding:
     if want is None or got is None:
         if want is None and got is None:
             return Finding(observable, 0.0)
-        return _wrong(observable, f"{'nothing' if want is None else 'an array'} was expected, got {_kind(got)}")
+        expected = "nothing" if want is None else "an array"
+        return _wrong(observable, f"{expected} was expected, got {_kind(got)}", _kind(got))
     if not isinstance(got, np.ndarray):
-        return _wrong(observable, f"a numpy array was expected, got {_kind(got)}")
+        return _wrong(observable, f"a numpy array was expected, got {_kind(got)}", _kind(got))
     if got.dtype.name != want.dtype:
-        return _wrong(observable, f"dtype {want.dtype} was expected, got {got.dtype.name}")
+        return _wrong(observable, f"dtype {want.dtype} was expected, got {got.dtype.name}", f"dtype {got.dtype.name}")
     if got.shape != want.values.shape:
-        return _wrong(observable, f"shape {want.values.shape} was expected, got {got.shape}")
+        return _wrong(observable, f"shape {want.values.shape} was expected, got {got.shape}", f"shape {got.shape}")
     if got.size == 0:
         return Finding(observable, 0.0, 0.0, 0.0)
     return _elements(observable, got.astype(np.float64), want)
@@ -58,7 +61,9 @@ def compare_counter(got: Any, want: int | None) -> Finding:
         same = want is None or (got is not None and int(got) == want)
     except (TypeError, ValueError):
         same = False
-    return Finding("num_updates", 0.0) if same else _wrong("num_updates", f"{want} was expected, got {got!r}")
+    if same:
+        return Finding("num_updates", 0.0)
+    return _wrong("num_updates", f"{want} was expected, got {got!r}", f"{got!r} for {want}")
 
 
 def worst(findings: Iterable[Finding]) -> Finding:
@@ -68,6 +73,12 @@ def worst(findings: Iterable[Finding]) -> Finding:
 
 def _elements(observable: str, got: np.ndarray[Any, Any], want: Expected) -> Finding:
     values, tolerance = want.values, want.tolerance
+    with np.errstate(all="ignore"):
+        error = np.abs(got - values)
+        if (error < tolerance).all():  # most are; NaN is not
+            ratio = error / tolerance
+            at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+            return Finding(observable, float(ratio[at]), float(error[at]), float(tolerance[at]))
     wrong_kind = np.where(
         want.nonfinite,
         np.isfinite(got),
@@ -76,7 +87,11 @@ def _elements(observable: str, got: np.ndarray[Any, Any], want: Expected) -> Fin
     if wrong_kind.any():
         place = _first(wrong_kind)
         wanted = "NaN or an infinity" if want.nonfinite[place] else f"{values[place]:.9g}"
-        return _wrong(observable, f"element {_shown(place)}: {wanted} was expected, got {got[place]:.9g}")
+        return _wrong(
+            observable,
+            f"element {_shown(place)}: {wanted} was expected, got {got[place]:.9g}",
+            _word(got[place], wanted),
+        )
     with np.errstate(all="ignore"):
         error = np.where(np.isfinite(values), np.abs(got - values), 0.0)
         ratio = np.where(error == 0.0, 0.0, error / tolerance)  # a tolerance of 0 asks for the exact value
@@ -87,8 +102,12 @@ def _elements(observable: str, got: np.ndarray[Any, Any], want: Expected) -> Fin
     return Finding(observable, float(ratio[place]), float(error[place]), float(tolerance[place]), reason)
 
 
-def _wrong(observable: str, reason: str) -> Finding:
-    return Finding(observable, inf, reason=reason)
+def _wrong(observable: str, reason: str, short: str) -> Finding:
+    return Finding(observable, inf, reason=reason, short=short)
+
+
+def _word(got: float, wanted: str) -> str:
+    return "NaN" if np.isnan(got) else "an infinity" if np.isinf(got) else f"{got:.3g} for {wanted}"
 
 
 def _first(where: np.ndarray[Any, Any]) -> tuple[int, ...]:

@@ -6,7 +6,8 @@ A file beside the target, one deviation a line, `#` for comments:
 
 OBSERVABLES are globs with commas between them ("dx", "moving_*, y", "*"; "error" and "refusal" are a vector that raised
 what it should not, and one that was not refused as it should be). A failing vector becomes a "deviation" where lines
-explain every observable that failed. A line that explains nothing in the vectors that ran is stale, and an error.
+explain every observable that failed, each by the first line that does. A line that is no failure's first, in the
+vectors that ran, is stale, and an error.
 """
 
 from __future__ import annotations
@@ -91,20 +92,24 @@ def mark(result: Result, known: Sequence[Deviation]) -> Result:
     """The result, a "deviation" where each of its failures is known, with the reasons before what happened."""
     if result.status not in ("fail", "error"):
         return result
-    lines = [next((d for d in known if d.explains(result.vector, f)), None) for f in result.failures]
+    lines = tuple(
+        next((number for number, line in enumerate(known) if line.explains(result.vector, failure)), None)
+        for failure in result.failures
+    )
     if None in lines:
         # What is not known comes first in the report.
         unknown = next(f for f, line in zip(result.failures, lines, strict=True) if line is None)
         return replace(
             result,
+            lines=lines,
             observable="" if unknown.observable == "error" else unknown.observable,
             error=unknown.error,
             tolerance=unknown.tolerance,
             reason=unknown.reason,
             ratio=unknown.ratio,
         )
-    reasons = dict.fromkeys(line.reason for line in lines if line is not None)
-    return replace(result, status="deviation", reason=f"{'; '.join(reasons)}: {result.reason}")
+    reasons = dict.fromkeys(known[line].reason for line in lines if line is not None)
+    return replace(result, status="deviation", reason=f"{'; '.join(reasons)}: {result.reason}", lines=lines)
 
 
 def apply(results: Sequence[Result], known: Iterable[Deviation], vectors: Sequence[str]) -> list[Result]:
@@ -118,9 +123,12 @@ def apply(results: Sequence[Result], known: Iterable[Deviation], vectors: Sequen
     known = list(known)
     marked = [mark(result, known) for result in results]
     target = results[0].target if results else ""
-    for line in known:
+    needed = {line for result in marked for line in result.lines}
+    for number, line in enumerate(known):
         about = [vector for vector in vectors if line.about(vector)]
-        if about and not any(line.explains(r.vector, f) for r in results for f in r.failures):
-            reason = f"stale deviation: {line.vectors} | {line.observables} no longer happens; delete the line"
+        if about and number not in needed:
+            again = any(line.explains(r.vector, f) for r in results for f in r.failures)
+            why = "says what lines before it say" if again else "no longer happens"
+            reason = f"stale deviation: {line.vectors} | {line.observables} {why}; delete the line"
             marked.append(Result(about[0], about[0].split("/")[0], target, "error", line.observables, reason=reason))
     return marked

@@ -6,7 +6,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from io import StringIO
+from itertools import zip_longest
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from rich.table import Table
 from rich.terminal_theme import DIMMED_MONOKAI
 from rich.text import Text
 
-from . import SUITE
-from .runner import Result, Status, Target
+from bnlayer.contract import NativeBackend
+
+from . import SUITE, deviations
+from .runner import Result, Status, Target, lacking
 
 _STYLE: dict[Status, str] = {
     "pass": "green",
@@ -31,11 +35,19 @@ SHOWN_FAILURES = 40
 
 
 def document(targets: Sequence[Target], results: Sequence[Result]) -> dict[str, Any]:
-    """The run as JSON values; a number that JSON cannot hold is null."""
+    """The run as JSON values; a number that JSON cannot hold is null. A failure's `line` is the number, from 0, of the
+    line of its target's `deviations` that explains it, or null."""
     return {
         "suite": SUITE,
         "targets": {
-            t.name: {"version": t.version, "status": "ready" if t.ready else "absent", "reason": t.reason}
+            t.name: {
+                "version": t.version,
+                "status": "ready" if t.ready else "absent",
+                "reason": t.reason,
+                "native": isinstance(t.backend, NativeBackend),
+                "lacks": {} if t.backend is None else dict(lacking(t.backend)),
+                "deviations": [asdict(line) for line in deviations.of(t)],
+            }
             for t in targets
         },
         "results": [
@@ -53,9 +65,11 @@ def document(targets: Sequence[Target], results: Sequence[Result]) -> dict[str, 
                         "observable": f.observable,
                         "error": _finite(f.error),
                         "ratio": _finite(f.ratio),
+                        "short": f.short,
                         "reason": f.reason,
+                        "line": line,
                     }
-                    for f in r.failures
+                    for f, line in zip_longest(r.failures, r.lines)
                 ],
             }
             for r in results

@@ -24,7 +24,8 @@ CALLS = ("train", "eval", "call_twice")
 @dataclass(frozen=True)
 class Result:
     """One vector on one target. `observable`, `error` and `tolerance` are those of the worst element; `ratio` is that
-    error in tolerances. `failures` has the worst finding of each observable that failed, worst first."""
+    error in tolerances. `failures` has the worst finding of each observable that failed, worst first; `lines` has, for
+    each of a native layer's, the number of the line of its deviations that explains it, or None."""
 
     vector: str
     group: str
@@ -36,6 +37,7 @@ class Result:
     reason: str = ""
     ratio: float = 0.0
     failures: tuple[Finding, ...] = ()
+    lines: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ def verdict(result: Result, findings: Iterable[Finding]) -> Result:
 def broken(result: Result, error: Exception) -> Result:
     """The result of a backend that raised what it should not."""
     reason = f"{type(error).__name__}: {error}"
-    return replace(result, status="error", reason=reason, failures=(Finding("error", float("inf"), reason=reason),))
+    short = "refuses" if isinstance(error, BatchNormError) else f"raises {type(error).__name__}"
+    finding = Finding("error", float("inf"), reason=reason, short=short)
+    return replace(result, status="error", reason=reason, failures=(finding,))
 
 
 class _Unsupported(Exception):
@@ -123,15 +127,16 @@ def _refused(result: Result, vector: Vector, backend: Backend, device: Any) -> R
             findings.append(finding)  # noqa: PERF402 - what came before the refusal has to stay
     except BatchNormError as error:
         if isinstance(error, wanted) and progress.at == vector.refusal.at:
-            findings.extend(_unharmed(backend, progress))
+            lacks = lacking(backend)
+            findings.extend(f for f in _unharmed(backend, progress) if f.observable not in lacks)
             return verdict(result, findings)
-        came = f"{type(error).__name__} at {progress.at}: {error}"
+        came, short = f"{type(error).__name__} at {progress.at}: {error}", f"{type(error).__name__} instead"
     else:
         if vector.result == "acceptable":
             return verdict(result, findings)
-        came = "nothing"
+        came, short = "nothing", "accepts"
     reason = f"{vector.refusal.error} at {vector.refusal.at} was expected, got {came}"
-    return verdict(result, [*findings, Finding("refusal", float("inf"), reason=reason)])
+    return verdict(result, [*findings, Finding("refusal", float("inf"), reason=reason, short=short)])
 
 
 @dataclass
@@ -164,7 +169,8 @@ def _findings(vector: Vector, backend: Backend, device: Any, progress: _Progress
             lent = given + _snapshot(progress.held.arrays(), "extracted")
             for call in request.calls:
                 arrays = {"x": call.x, "dy": call.dy, "weights": call.weights, "direction": call.direction}
-                lent += _snapshot(arrays, "input")
+                scale, bias = call.adjustment or (None, None)
+                lent += _snapshot({**arrays, "scale": scale, "bias": bias}, "input")
             layer, outcome = backend.step(layer, request)
             compared = _outcome(step, request, outcome, spec)
             yield from _located(index, (finding for finding in compared if finding.observable not in lacks))
@@ -185,7 +191,8 @@ def _outcome(step: Step, request: Request, outcome: Outcome, spec: BatchNormSpec
     if not step.expect:
         return  # the step that an invalid vector should not have come through
     if len(outcome.calls) != len(step.calls):
-        yield Finding("calls", float("inf"), reason=f"{len(step.calls)} were expected, got {len(outcome.calls)}")
+        reason = f"{len(step.calls)} were expected, got {len(outcome.calls)}"
+        yield Finding("calls", float("inf"), reason=reason, short=f"{len(outcome.calls)} for {len(step.calls)}")
         return
     for call, asked, got in zip(step.calls, request.calls, outcome.calls, strict=True):
         yield compare("y", got.y, call.expect["y"])
@@ -207,7 +214,8 @@ def _held(backend: Backend, layer: Any, spec: BatchNormSpec, state: BatchNormSta
     held_spec, held = backend.extract(layer)
     if held_spec != spec:
         differs = [n for n, v in spec.to_dict().items() if held_spec.to_dict()[n] != v]
-        yield Finding("spec", float("inf"), reason=f"the layer's spec differs in {', '.join(differs)} after build")
+        reason = f"the layer's spec differs in {', '.join(differs)} after build"
+        yield Finding("spec", float("inf"), reason=reason, short=f"another {', '.join(differs)}")
     for name, values in state.arrays().items():
         yield from _located("build", [compare(name, getattr(held, name), _exactly(values))])
     yield from _located("build", [compare_counter(held.num_updates, state.num_updates)])
@@ -234,7 +242,8 @@ def _snapshot(arrays: Mapping[str, Any], label: str) -> list[_Lent]:
 def _unwritten(lent: Sequence[_Lent]) -> Iterator[Finding]:
     for name, values, before in lent:
         if values.tobytes() != before:
-            yield Finding(name, float("inf"), reason="the array was written to; copy it before changing it")
+            reason = "the array was written to; copy it before changing it"
+            yield Finding(name, float("inf"), reason=reason, short="written to")
 
 
 def _exactly(values: Any) -> Expected:

@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ from bnlayer_conformance import metamorphic, report, runner, vector
 from bnlayer_numpy.backend import NumpyBackend
 from bnlayer_numpy.layer import BatchNorm
 
-RESULT_KEYS = ["vector", "group", "target", "status", "observable", "error", "tolerance", "reason"]
+RESULT_KEYS = ["vector", "group", "target", "status", "observable", "error", "tolerance", "reason", "failures"]
 FEW = ("--vectors", "axes/rank-2-*")
 
 
@@ -229,8 +230,21 @@ class Odd(Wrong):
 
     name = "odd.nn"
 
+    lacks: Mapping[str, str] = {}
+
     def __init__(self, deviations: Path) -> None:
         self.deviations = deviations
+
+
+class Uncounted(Odd):
+    """It also has no counter, and says so; what it extracts is always 0."""
+
+    lacks: Mapping[str, str] = {"num_updates": "it counts nothing"}
+
+    def step(self, layer: BatchNorm, request: Request) -> tuple[BatchNorm, Outcome]:
+        layer, outcome = super().step(layer, request)
+        layer.state = layer.state.replace(num_updates=0)
+        return layer, replace(outcome, state=layer.state)
 
 
 @pytest.fixture
@@ -246,13 +260,17 @@ def deviations(tmp_path: Path, ours_are_numpy_and_absent: None) -> Callable[[str
 
 
 def test_native_adds_the_frameworks_own_layers(deviations: Callable[[str], None], tmp_path: Path) -> None:
-    deviations("# known\nepsilon/* | * | doubles epsilon | -\n")
+    deviations("# known\nepsilon/* | * | definition | doubles epsilon | -\n")
     result, found = document(tmp_path, "--backend", "numpy", "--native", "--vectors", "epsilon/0.1-*")
     assert result.exit_code == 0
     assert list(found["targets"]) == ["numpy", "odd.nn"]
     told = [r for r in found["results"] if r["target"] == "odd.nn"]
     assert {r["status"] for r in told} == {"deviation"}
-    assert all(r["reason"].startswith("doubles epsilon (-); ") and r["error"] > r["tolerance"] for r in told)
+    assert all(r["reason"].startswith("doubles epsilon: ") and r["error"] > r["tolerance"] for r in told)
+    assert {f["line"] for r in told for f in r["failures"]} == {0}
+    assert found["targets"]["odd.nn"]["native"] and not found["targets"]["numpy"]["native"]
+    (line,) = found["targets"]["odd.nn"]["deviations"]
+    assert list(line.values()) == ["epsilon/*", "*", "definition", "doubles epsilon", "-"]
     assert "deviate" in result.output
 
 
@@ -268,20 +286,54 @@ def test_an_unlisted_deviation_is_a_failure(deviations: Callable[[str], None]) -
 
 
 def test_a_deviation_that_no_longer_happens_is_an_error(deviations: Callable[[str], None]) -> None:
-    known = "epsilon/* | * | doubles epsilon | -\n"
-    unasked = "weights/* | y | says nothing about vectors that do not run | -\n"
-    deviations(f"{known}{unasked}epsilon/* | num_updates | never counted | -\n")
+    known = "epsilon/* | * | definition | doubles epsilon | -\n"
+    unasked = "weights/* | y | definition | says nothing about vectors that do not run | -\n"
+    never = "epsilon/* | num_updates | edge | never counted | -\n"
+    again = "epsilon/0.1-* | y | accuracy | what the first line says already | -\n"
+    deviations(known + unasked + never + again)
     result = conform("--backend", "odd.nn", "--vectors", "epsilon/0.1-*")
     assert result.exit_code == 1
     assert "stale deviation: epsilon/* | num_updates no longer happens; delete the line" in result.output
-    assert " 0 fail, 1 error, " in result.output
+    assert "stale deviation: epsilon/0.1-* | y says what lines before it say; delete the line" in result.output
+    assert " 0 fail, 2 error, " in result.output
 
 
-def test_a_damaged_deviations_file_is_refused(deviations: Callable[[str], None]) -> None:
-    deviations("epsilon/* | y\n")
+def test_every_observable_that_fails_needs_its_line(deviations: Callable[[str], None], tmp_path: Path) -> None:
+    deviations("epsilon/* | y | definition | doubles epsilon | -\n")
+    result, found = document(tmp_path, "--backend", "odd.nn", "--vectors", "epsilon/0.1-*")
+    assert result.exit_code == 1
+    for told in found["results"]:
+        explained = {f["observable"]: f["line"] for f in told["failures"]}
+        assert told["status"] == "fail" and explained["y"] == 0 and explained["dx"] is None
+        assert told["observable"] != "y"  # what is not known comes first
+
+
+def test_what_a_layer_lacks_is_not_compared(deviations: Callable[[str], None], tmp_path: Path) -> None:
+    deviations("epsilon/* | * | definition | doubles epsilon | -\n")
+    file = sys.modules["strangers"].ODD.deviations  # type: ignore[attr-defined]
+    sys.modules["strangers"].ODD = Uncounted(file)  # type: ignore[attr-defined]
+    result, found = document(tmp_path, "--backend", "odd.nn", "--vectors", "epsilon/0.1-*")
+    assert result.exit_code == 0
+    assert found["targets"]["odd.nn"]["lacks"] == {"num_updates": "it counts nothing"}
+    assert all(f["observable"] != "num_updates" for told in found["results"] for f in told["failures"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("epsilon/* | y", "line 2: expected GLOB | OBSERVABLES | KIND | REASON | REFERENCE"),
+        ("epsilon/* | y | definition | | -", "line 2: expected GLOB | OBSERVABLES | KIND | REASON | REFERENCE"),
+        ("epsilon/* | y | wrong | doubles epsilon | -", "line 2: the kind must be one of definition, accuracy, "),
+    ],
+)
+def test_a_damaged_deviations_file_is_refused_before_the_run(
+    deviations: Callable[[str], None], line: str, said: str
+) -> None:
+    deviations(f"# one line\n{line}\n")
     result = conform("--backend", "odd.nn", *FEW)
     assert result.exit_code == 3
-    assert "odd.nn.txt, line 1: expected GLOB | OBSERVABLE | REASON | REFERENCE" in result.output
+    assert f"odd.nn.txt, {said}" in result.output
+    assert "vectors and checks" not in result.output
 
 
 # --- JSON
@@ -296,7 +348,8 @@ def test_the_documents_shape(tmp_path: Path) -> None:
     assert found["suite"] == bnlayer_conformance.SUITE
     assert list(found["targets"]) == list(chosen)
     for name, target in found["targets"].items():
-        assert list(target) == ["version", "status", "reason"]
+        assert list(target) == ["version", "status", "reason", "native", "lacks", "deviations"]
+        assert target["native"] is False and target["lacks"] == {} and target["deviations"] == []
         ready = name != "strangers:ABSENT"
         assert target["status"] == ("ready" if ready else "absent")
         assert bool(target["version"]) is ready
@@ -312,6 +365,10 @@ def test_the_documents_shape(tmp_path: Path) -> None:
         assert bool(r["reason"]) is (r["status"] != "pass")
         if r["status"] in ("unsupported", "error"):
             assert r["error"] is r["tolerance"] is None
+        assert bool(r["failures"]) is (r["status"] in ("fail", "error"))
+        for failure in r["failures"]:
+            assert list(failure) == ["observable", "error", "ratio", "short", "reason", "line"]
+            assert failure["line"] is None and failure["reason"]
     statuses = {name: {r["status"] for r in found["results"] if r["target"] == name} for name in chosen[:-1]}
     assert statuses["numpy"] == {"pass"}
     assert "fail" in statuses["strangers:WRONG"]

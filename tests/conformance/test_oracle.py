@@ -180,3 +180,82 @@ def test_bounds_hold_for_careful_float32_arithmetic_and_not_for_careless(n: int,
         careless = np.mean(np.square(x), dtype=np.float32) - np.square(m32)
         worst_careless = max(worst_careless, abs(float(careless) - float(v)) / errors.variance)
     assert (worst_careless > 10) == (mean > 0)
+
+
+SECOND = [
+    *MODES,
+    pytest.param(True, {}, [mpf(w) for w in (1, 0, 1, 1, 0, 1)], id="masked"),
+    pytest.param(True, {"virtual_batch_size": 2}, [mpf(w) for w in (1, 0, 1, 1, 0, 1)], id="ghosts-masked"),
+    pytest.param(True, {"synchronized": True}, WEIGHTS, id="synchronized"),
+    pytest.param(True, {}, [mpf(0)] * 6, id="no-weight"),
+]
+
+
+@pytest.mark.parametrize(("training", "fields", "weights"), SECOND)
+def test_the_second_order_is_the_derivative_of_dx(
+    training: bool, fields: dict[str, Any], weights: list[Any] | None
+) -> None:
+    fields = dict(fields)
+    call = _call(weights, fields.pop("adjusted", False))
+    direction = exact(draw.normal("oracle/direction", SHAPE, "float64"))
+    spec, state = _spec(**fields), _state()
+    if fields.get("scale") is False:
+        state.gamma = None
+    if fields.get("track_moving_stats") is False:
+        state.averages = None
+
+    def dx(step: Any) -> list[Any]:
+        moved = [x + step * t for x, t in zip(call.x, direction, strict=True)]
+        (result,), _ = oracle.step(spec, state, [replace(call, x=moved)], training=training)
+        assert result.dx is not None
+        return result.dx.values
+
+    (result,), _ = oracle.step(spec, state, [replace(call, direction=direction)], training=training)
+    assert result.hvp is not None
+    _close(result.hvp.values, [(a - b) / (2 * H) for a, b in zip(dx(H), dx(-H), strict=True)])
+
+
+@pytest.mark.parametrize("n", [8, 128])
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
+def test_the_second_orders_bound_holds_in_float32_by_either_way_and_not_without_a_term(n: int, mean: float) -> None:
+    """Differentiating dx along the direction, or taking the gradient of <dx, direction>: both stay within the bound,
+    and each term that is left out is at least ten bounds away."""
+    import numpy as np
+
+    one = np.float32(1)
+    for case in range(5):
+        x = draw.normal(f"second/{n}/{mean}/{case}/x", (n, 1), "float32", mean=mean)
+        dy = draw.normal(f"second/{n}/{mean}/{case}/dy", (n, 1), "float32")
+        t = draw.normal(f"second/{n}/{mean}/{case}/t", (n, 1), "float32")
+        spec = BatchNormSpec(1, epsilon=1e-3).to_dict()
+        state = oracle.State([mpf(1)], [mpf(0)], None, 0)
+        spec["track_moving_stats"] = False
+        call = oracle.OneCall(exact(x), (n, 1), "float32", dy=exact(dy), direction=exact(t))
+        (result,), _ = oracle.step(spec, state, [call], training=True)
+        assert result.hvp is not None
+        want = np.array([float(v) for v in result.hvp.values])[:, None]
+        bound = np.array(result.hvp.tolerance)[:, None]
+
+        p = one / np.float32(n)
+        m = x.mean(dtype=np.float32)
+        variance = np.square(x - m).mean(dtype=np.float32)
+        sd = np.sqrt(variance + np.float32(1e-3))
+        h = (x - m) / sd
+        s1, s2 = dy.sum(dtype=np.float32), (dy * h).sum(dtype=np.float32)
+        shift, q = (p * t).sum(dtype=np.float32), (p * h * t).sum(dtype=np.float32)
+        dx = (dy - p * (s1 + h * s2)) / sd
+        moved = (t - shift - h * q) / sd
+        s2_moved = (dy * moved).sum(dtype=np.float32)
+        of_sd, of_xhat, of_sum = dx * q / sd, p * moved * s2 / sd, p * h * s2_moved / sd
+        forward = -(of_sd + of_xhat + of_sum)
+        # The gradient of L = <dx, t> = (<dy, t> - s1 shift - s2 q)/sd, through xhat and through sd.
+        inner = (dy * t).sum(dtype=np.float32) - s1 * shift - s2 * q
+        of_h = -(dy * q + p * t * s2) / sd
+        reverse = (of_h - p * of_h.sum(dtype=np.float32) - p * h * (of_h * h).sum(dtype=np.float32)) / sd
+        reverse = reverse - p * h * inner / (sd * sd)
+        for got in (forward, reverse):
+            assert got.dtype == np.float32
+            assert (np.abs(got - want) <= bound).all()
+        if mean < 1000:  # there float32 cannot tell x from its neighbors to more than three digits
+            for lacking in (of_sd, of_xhat, of_sum):
+                assert (np.abs(forward + lacking - want) / bound).max() > 10

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from bnlayer import registry
+from bnlayer_conformance import metamorphic, vector
 
 # Backends that nobody registered: one whose framework is absent, one that is wrong, one that lacks something.
 STRANGERS = """
+from pathlib import Path
+
 from bnlayer.contract import Missing, require
 from bnlayer_numpy.backend import NumpyBackend
 
@@ -51,7 +54,13 @@ class Placed(NumpyBackend):
         return super().build(spec, state, device=device)
 
 
-ABSENT, WRONG, SMALL, PLACED = Absent(), Wrong(), Small(), Placed()
+class Odd(Wrong):
+    name = "odd.nn"
+    deviations = Path(__file__).with_name("odd.nn.txt")
+    lacks = {}
+
+
+ABSENT, WRONG, SMALL, PLACED, ODD = Absent(), Wrong(), Small(), Placed(), Odd()
 """
 INSTALL = "no_such_framework is not installed. Run: pip install 'bnlayer[no-such-extra]'"
 
@@ -109,7 +118,8 @@ def test_an_absent_backend_is_skipped_with_its_install_command(suite: Suite) -> 
     assert done.returncode == 0
     assert "passed" not in done.stdout
     assert INSTALL in done.stdout
-    assert "27 skipped" in done.stdout.splitlines()[-1]
+    expected = len(vector.load("axes/*")) + len(metamorphic.names())
+    assert f" {expected} skipped" in done.stdout.splitlines()[-1]
 
 
 def test_a_strict_run_fails_on_an_absent_backend(suite: Suite) -> None:
@@ -137,6 +147,18 @@ def test_what_a_backend_lacks_is_skipped_with_its_reason(suite: Suite) -> None:
     done = suite.run("--backend", "strangers:SMALL", "-k", "real-float64", "-rs")
     assert done.returncode == 0
     assert "float64: this framework has none" in done.stdout
+
+
+def test_a_deviation_is_an_xfail_where_every_failure_is_explained(suite: Suite) -> None:
+    chosen = ("--backend", "strangers:ODD", "-k", "variance-1e-6", "-rx")
+    (suite.folder / "odd.nn.txt").write_text("epsilon/* | * | definition | doubles epsilon | -\n", "utf-8")
+    done = suite.run(*chosen)
+    assert done.returncode == 0, done.stdout
+    assert "XFAIL" in done.stdout and "doubles epsilon: " in done.stdout
+    (suite.folder / "odd.nn.txt").write_text("epsilon/* | y | definition | doubles epsilon | -\n", "utf-8")
+    done = suite.run(*chosen)
+    assert done.returncode == 1
+    assert " on strangers:ODD: d" in done.stdout  # dx or dgamma, which no line explains
 
 
 def test_the_device_reaches_build(suite: Suite) -> None:

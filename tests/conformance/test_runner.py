@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from bnlayer.contract import Outcome, Request
 from bnlayer.errors import BackendUnavailable, StateError
 from bnlayer_conformance import deviations, metamorphic, report, runner, vector
-from bnlayer_conformance.compare import compare, compare_counter
+from bnlayer_conformance.compare import Finding, compare, compare_counter
 from bnlayer_conformance.mutants.base import Base, Layer
 from bnlayer_conformance.vector import Expected
 
@@ -196,21 +196,126 @@ def test_metamorphic_checks_pass_on_the_base_and_catch_a_detached_mean() -> None
     assert "metamorphic/gradient-sums-to-zero" in {r.vector for r in results if r.status == "fail"}
 
 
+@pytest.mark.parametrize(
+    "only",
+    [
+        {"axis": (1,), "moving_variance_estimator": ("unbiased",), "zero_debias": ("none",)},
+        {"axis": (-1, 2), "moving_variance_estimator": ("biased",), "zero_debias": ("all",)},
+        {"axis": (-1,), "moving_variance_estimator": ("unbiased",), "rank": (4,)},
+    ],
+)
+def test_metamorphic_checks_find_a_setting_that_the_target_has_words_for(only: Any) -> None:
+    class Narrow(Base):
+        def unsupported(self, spec: Any, request: Request | None = None) -> str | None:
+            ranks = only.get("rank", (2, 3, 4))
+            if request is not None and request.calls[0].x.ndim not in ranks:
+                return "rank: images only"
+            if request is not None and request.calls[0].weights is not None:
+                return "weights: it takes none"
+            fields = {name: values for name, values in only.items() if name != "rank"}
+            return next((f"{n}: no choice" for n, values in fields.items() if getattr(spec, n) not in values), None)
+
+    results = {r.vector: r for r in metamorphic.run(metamorphic.names(), runner.Target("narrow", Narrow(), "1"))}
+    unsupported = {name: r.reason for name, r in results.items() if r.status == "unsupported"}
+    masks = dict.fromkeys(("metamorphic/mask-drops-rows", "metamorphic/weights-repeat-rows"), "weights: it takes none")
+    assert {name: unsupported.pop(name) for name in masks} == masks
+    # decay 1 goes with no zero-debiased average.
+    assert set(unsupported) == ({"metamorphic/decay-one"} if only.get("zero_debias") == ("all",) else set())
+    assert [(r.vector, r.reason) for r in results.values() if r.status not in ("pass", "unsupported")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("the variance's mean is a constant", "hvp-sums-to-zero"),
+        ("sum of dy xhat is a constant of the second order", "hvp-is-symmetric"),
+        ("variance between replicas ignored", "shards-are-the-whole"),
+        ("backward without the all-reduce", "shards-are-the-whole"),
+        ("always biased", "weights-repeat-rows"),
+    ],
+)
+def test_metamorphic_checks_of_the_second_order_and_of_shards_catch_mutants(name: str, check: str) -> None:
+    from bnlayer_conformance.mutants.build import build
+    from bnlayer_conformance.mutants.catalogue import MUTANTS
+
+    (mutant,) = [m for m in MUTANTS if m.name == name]
+    backend = build(mutant)
+    if name == "always biased":  # it is right where it was asked for biased
+        allowed = backend.unsupported
+        backend.unsupported = lambda spec, request=None: (
+            "estimator" if spec.moving_variance_estimator == "biased" else allowed(spec, request)
+        )
+    (result,) = metamorphic.run([f"metamorphic/{check}"], runner.Target("mutant", backend, "1"))
+    assert result.status == "fail"
+
+
+def _failed(vector_id: str, *observables: str) -> runner.Result:
+    failures = tuple(Finding(name, 10.0, 1.0, 0.1, f"{name} differs") for name in observables)
+    return replace(
+        runner.Result(vector_id, vector_id.split("/")[0], "t", "fail", observables[0], 1.0, 0.1, "step 0", 10.0),
+        failures=failures,
+    )
+
+
 def test_deviations(tmp_path: Any) -> None:
     path = tmp_path / "some.layer.txt"
-    path.write_text("# known\n\ngradients/* | dx | rounds twice | example/repo#1\nmodes/* | y | old | -\n")
+    path.write_text(
+        "# known\n\n"
+        "gradients/* | dx, d*a | gradient | rounds twice | example/repo#1\n"
+        "gradients/random | y | accuracy | sums in half | -\n"
+        "modes/* | y | edge | old | -\n"
+    )
     known = deviations.read(path)
-    failed = runner.Result("gradients/random", "gradients", "t", "fail", "dx", 1.0, 0.1, "step 0")
     passed = runner.Result("gradients/zero", "gradients", "t", "pass")
-    marked = deviations.apply([failed, passed], known, ["gradients/random", "gradients/zero"])
+    ids = ["gradients/random", "gradients/zero"]
+    marked = deviations.apply([_failed("gradients/random", "y", "dx", "dgamma"), passed], known, ids)
     assert [r.status for r in marked] == ["deviation", "pass"]
-    assert "rounds twice (example/repo#1)" in marked[0].reason
-    stale = deviations.apply([passed], known, ["gradients/zero"])
-    assert [r.status for r in stale] == ["pass", "error"]
-    assert "no longer happens" in stale[1].reason
-    path.write_text("gradients/* | dx | no reference\n")
-    with pytest.raises(deviations.FileError, match="line 1"):
-        deviations.read(path)
+    assert marked[0].lines == (1, 0, 0)
+    assert marked[0].reason == "sums in half; rounds twice: step 0"
+    # dbeta is explained by the first line's glob d*a, the counter by none: the whole vector fails, and says which.
+    (unknown, *_) = deviations.apply([_failed("gradients/random", "y", "dbeta", "num_updates")], known, ids)
+    assert (unknown.status, unknown.observable, unknown.lines) == ("fail", "num_updates", (1, 0, None))
+    stale = deviations.apply([_failed("gradients/random", "y"), passed], known, ids)
+    assert [r.status for r in stale] == ["deviation", "pass", "error"]
+    assert stale[2].reason == "stale deviation: gradients/* | dx, d*a no longer happens; delete the line"
+
+
+def test_a_crash_is_explained_as_an_error(tmp_path: Any) -> None:
+    known = [deviations.Deviation("gradients/*", "error", "refusal", "refuses rank 2", "-")]
+    crashed = runner.broken(runner.Result("gradients/random", "gradients", "t", "pass"), StateError("no"))
+    assert crashed.failures[0].short == "refuses"
+    assert runner.broken(crashed, KeyError("x")).failures[0].short == "raises KeyError"
+    assert deviations.mark(crashed, known).status == "deviation"
+    assert deviations.mark(crashed, [replace(known[0], observables="y")]).status == "error"
+
+
+def test_what_a_layer_lacks_is_neither_asked_for_nor_compared() -> None:
+    asked: list[Request] = []
+
+    class NoGradients(Base):
+        lacks: ClassVar = {"dx": "inference only", "num_updates": "no counter", "moving_variance": "keeps none"}
+        deviations = None
+
+        def step(self, layer: Layer, request: Request) -> tuple[Layer, Outcome]:
+            asked.append(request)
+            layer, outcome = super().step(layer, request)
+            state = outcome.state.replace(num_updates=99, moving_variance=None)
+            return layer, replace(outcome, state=state)
+
+    (second,) = vector.load("second_order/random")
+    for one in (PLAIN, second, ONE_VALUE):
+        assert runner.run_vector(one, NoGradients()).status == "pass"
+    assert all(call.dy is None and call.direction is None for request in asked for call in request.calls)
+
+    class NoSecondOrder(Base):
+        lacks: ClassVar = {"hvp": "differentiable once"}
+        deviations = None
+
+        def step(self, layer: Layer, request: Request) -> tuple[Layer, Outcome]:
+            assert request.calls[0].direction is None and request.calls[0].dy is not None
+            return super().step(layer, request)
+
+    assert runner.run_vector(second, NoSecondOrder()).status == "pass"
 
 
 def test_report_numbers_are_json() -> None:

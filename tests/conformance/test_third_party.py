@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tokenize
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "third_party"
 GUIDE = ROOT / "docs" / "writing-a-backend.md"
 # What it may lack, by the name its reason begins with.
-LATER = {"renorm", "virtual_batch_size", "zero_debias", "synchronized", "adjustment"}
+LATER = {"renorm", "virtual_batch_size", "zero_debias", "synchronized", "adjustment", "direction"}
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -127,8 +128,9 @@ def test_passes_as_pytest_tests(run: Run, distribution: Path) -> None:
     done = run(distribution, *PYTEST, *suite, "-k", "weights or axes or metamorphic")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bnlayer backends: plain " in done.stdout
-    summary = done.stdout.splitlines()[-1]
-    assert " passed" in summary and "failed" not in summary and "skipped" not in summary
+    counted = {word: int(count) for count, word in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
+    assert counted["passed"] >= 80 and counted["skipped"] == 3  # of LATER: synchronized, adjustment, direction
+    assert counted.keys() <= {"passed", "skipped", "deselected"}
 
 
 # --- small, and what the docs show

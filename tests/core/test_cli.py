@@ -258,7 +258,7 @@ def test_backends_lists_what_is_there_and_what_is_not() -> None:
     words = " ".join(result.output.split())
     assert "absent native ABSENT frame is not installed. Run: pip install 'bnlayer[frame]'" in words
     assert "third party" in words
-    assert "synchronized" in words
+    assert "second order" in words
     assert max(map(len, result.output.splitlines())) <= WIDTH
 
 
@@ -278,7 +278,7 @@ def test_backends_by_name_give_reasons() -> None:
     result = run("backends", "bnlayer_numpy.backend:BACKEND")
     assert result.exit_code == 0
     assert result.output.startswith("bnlayer_numpy.backend:BACKEND (not registered), ")
-    assert "NumPy has one process" in result.output
+    assert "NumPy has no engine that runs a layer on several replicas" in result.output
     unknown = run("backends", "nunpy")
     assert unknown.exit_code == 2
     assert "unknown backend 'nunpy'" in unknown.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,20 @@ class Stranger:
         raise NotImplementedError
 
 
+class StrangeNN(Stranger):
+    """A framework's own layer."""
+
+    name = "strange.nn"
+    deviations = Path("strange.nn.txt")
+    lacks: Mapping[str, str] = {}
+
+
 @pytest.fixture
 def stranger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stranger]:
-    """The stranger as an importable module `strange_package`, and registered under three names."""
+    """The stranger as an importable module `strange_package`, and registered, as a native layer too."""
     module = type(sys)("strange_package")
     module.BACKEND = Stranger()  # type: ignore[attr-defined]
+    module.NATIVE = StrangeNN()  # type: ignore[attr-defined]
     module.Nested = type("Nested", (), {"backend": module.BACKEND})  # type: ignore[attr-defined]
     module.Stranger = Stranger  # type: ignore[attr-defined]
     module.NUMBER = 3  # type: ignore[attr-defined]
@@ -62,7 +71,7 @@ def stranger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stranger]:
             "absent": "no_such_package.backend:BACKEND",
             "half": "strange_package:MISSING",
         },
-        registry.NATIVE: {"strange.nn": "strange_package:BACKEND"},
+        registry.NATIVE: {"strange.nn": "strange_package:NATIVE", "bare.nn": "strange_package:BACKEND"},
     }
     real = registry.entry_points
 
@@ -104,6 +113,11 @@ def test_an_unknown_name_lists_the_known_ones(stranger: Stranger) -> None:
         assert name in message
 
 
+def test_a_native_layer_without_deviations_is_none(stranger: Stranger) -> None:
+    with pytest.raises(UnknownBackend, match="registered as a native layer, but lacks `deviations` or `lacks`"):
+        bnlayer.backend("bare.nn")
+
+
 @pytest.mark.parametrize("name", ["", "Torch", " torch", "torch\n"])
 def test_names_are_exact(name: str) -> None:
     with pytest.raises(UnknownBackend, match="unknown backend"):
@@ -112,7 +126,7 @@ def test_names_are_exact(name: str) -> None:
 
 def test_an_entry_point_of_a_stranger(stranger: Stranger) -> None:
     assert bnlayer.backend("stranger") is stranger
-    assert bnlayer.backend("strange.nn") is stranger
+    assert bnlayer.backend("strange.nn").name == "strange.nn"
     layer = bnlayer.build(SPEC, "stranger", device="moon")
     assert layer == {"stranger": SPEC, "state": None, "device": "moon"}
     assert bnlayer.extract(layer) == (SPEC, None)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bnlayer import BatchNormSpec, BatchNormState, Renorm, UnsupportedError
+from bnlayer import BatchNormSpec, BatchNormState, Renorm
 from bnlayer.contract import Call, Outcome, Request
 from bnlayer_jax.backend import BACKEND as JAX
 from bnlayer_numpy.backend import BACKEND as NUMPY
@@ -212,10 +212,3 @@ def test_one_dominant_weight_leaves_the_unbiased_variance_right() -> None:
     _, got = JAX.step(JAX.build(spec), request)
     _, want = NUMPY.step(NUMPY.build(spec), request)
     np.testing.assert_allclose(got.state.moving_variance, want.state.moving_variance, rtol=1e-5)
-
-
-def test_what_is_missing_is_refused_by_name() -> None:
-    spec = BatchNormSpec(3, synchronized=True)
-    assert "synchronized" in (JAX.unsupported(spec) or "")
-    with pytest.raises(UnsupportedError, match="synchronized"):
-        JAX.build(spec)

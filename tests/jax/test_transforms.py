@@ -10,6 +10,7 @@ import pytest
 
 jax = pytest.importorskip("jax", reason="pip install 'bnlayer[jax]'")
 import jax.numpy as jnp  # noqa: E402
+from jax import export  # noqa: E402
 
 from bnlayer import BatchNormSpec, BatchNormState, InputError  # noqa: E402
 from bnlayer_jax import BatchNorm, batch_norm  # noqa: E402
@@ -173,6 +174,145 @@ def test_remat_updates_once_and_differentiates_alike() -> None:
     plain = jax.grad(loss, has_aux=True)(x)
     assert_trees_close(jax.grad(jax.checkpoint(loss), has_aux=True)(x), plain, rtol=1e-9)
     assert plain[1].state.num_updates == 4
+
+
+def test_remat_computes_the_statistics_again_and_keeps_one_state() -> None:
+    x, _, _ = point()
+    layer = layer_of(0)
+
+    def chain(x: Any, wrap: Any) -> tuple[Any, BatchNorm]:
+        call = wrap(lambda layer, x: layer(x, training=True))
+        y, after = call(layer, x)
+        y, after = call(after, jnp.sin(y))
+        return jnp.sum(y**3), after
+
+    def step(wrap: Any) -> Any:
+        return jax.jit(jax.grad(lambda x: chain(x, wrap), has_aux=True))
+
+    plain, again = step(lambda f: f), step(jax.checkpoint)
+    assert_trees_close(again(x), plain(x), rtol=1e-9)
+    assert again(x)[1].state.num_updates == 5
+    # What was compiled: with checkpoint, the backward pass takes the square roots a second time.
+    roots = [f.trace(x).jaxpr.pretty_print(use_color=False).count(" sqrt ") for f in (plain, again)]
+    assert roots[1] > roots[0]
+
+
+def test_every_transformation_gives_the_derivatives_of_the_others() -> None:
+    x, weights, _ = point()
+    direction, cotangent = arrays(7, x.shape, x.shape)
+
+    def ys(x: Any) -> Any:
+        return layer_of(1)(x, training=True, weights=weights)[0]
+
+    def value(x: Any) -> Any:
+        return jnp.sum(jnp.sin(ys(x)) * cotangent)
+
+    @jax.jit
+    def derivatives(x: Any) -> dict[str, Any]:
+        out, linear = jax.linearize(ys, x)
+        return {
+            "jvp": jax.jvp(ys, (x,), (direction,)),
+            "linearize": (out, linear(direction)),
+            "transpose": jax.linear_transpose(linear, x)(cotangent),
+            "vjp": jax.vjp(ys, x)[1](cotangent),
+            "jacfwd": jax.jacfwd(ys)(x).reshape(x.size, x.size),
+            "jacrev": jax.jacrev(ys)(x).reshape(x.size, x.size),
+            "value_and_grad": jax.value_and_grad(value)(x),
+            "value": (value(x), jax.grad(value)(x)),
+            "hessian": jax.hessian(value)(x).reshape(x.size, x.size),
+            "along": jax.grad(lambda x: jnp.vdot(jax.grad(value)(x), direction))(x),
+        }
+
+    got = derivatives(x)
+    assert_trees_close(got["linearize"], got["jvp"])
+    assert_trees_close(got["transpose"], got["vjp"], rtol=1e-9)
+    assert_trees_close(got["value_and_grad"], got["value"])
+    np.testing.assert_allclose(got["jvp"][1].reshape(-1), got["jacfwd"] @ direction.reshape(-1), atol=1e-12)
+    np.testing.assert_allclose(got["vjp"][0].reshape(-1), cotangent.reshape(-1) @ got["jacfwd"], atol=1e-12)
+    np.testing.assert_allclose(got["jacrev"], got["jacfwd"], atol=1e-12)
+    np.testing.assert_allclose(got["jacfwd"], numeric(jax.jit(ys), x), atol=1e-8)
+    np.testing.assert_allclose(got["along"].reshape(-1), got["hessian"] @ direction.reshape(-1), atol=1e-10)
+    np.testing.assert_allclose(got["hessian"], numeric(jax.jit(jax.grad(value)), x), atol=1e-7)
+
+
+def test_vmap_within_vmap_over_parameters_and_batches() -> None:
+    xs, gammas = arrays(8, (2, *SHAPE), (3, 2))
+    layer = layer_of(0)
+
+    def call(gamma: Any, x: Any) -> Any:
+        return layer.with_parameters({**layer.parameters, "gamma": gamma})(x, training=True)
+
+    ys, afters = jax.jit(jax.vmap(jax.vmap(call, in_axes=(None, 0)), in_axes=(0, None)))(gammas, xs)
+    assert ys.shape == (3, 2, *SHAPE)
+    for i, gamma in enumerate(gammas):
+        for j, x in enumerate(xs):
+            got = jax.tree.map(lambda leaf, at=(i, j): leaf[at], (ys, afters))
+            assert_trees_close(got, call(jnp.asarray(gamma), x))
+
+
+def test_one_shape_is_traced_and_compiled_once() -> None:
+    (xs,) = arrays(10, (3, *SHAPE))
+    traced = []
+
+    @jax.jit
+    def step(layer: BatchNorm, x: Any) -> Any:
+        traced.append(x.shape)
+        return layer(x, training=True)
+
+    layer = layer_of(0)
+    for x in (*xs, xs[0, :2]):  # the layer after a step is the same kind of argument as the one before
+        _, layer = step(layer, x)
+    assert traced == [SHAPE, (2, *SHAPE[1:])]
+    assert step._cache_size() == 2
+
+
+def test_shapes_are_known_without_computing() -> None:
+    layer = layer_of(0)
+    y, after = jax.eval_shape(
+        lambda layer, x: layer(x, training=True), layer, jax.ShapeDtypeStruct((10**9, 2), jnp.bfloat16)
+    )
+    assert (y.shape, y.dtype) == ((10**9, 2), jnp.bfloat16)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(layer), strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+
+
+def test_donated_state_is_reused_by_the_compiled_step() -> None:
+    x, _, _ = point()
+    layer, kept = layer_of(0), layer_of(0)
+    lowered = jax.jit(lambda layer, x: layer(x, training=True), donate_argnums=0).lower(layer, x)
+    compiled = lowered.compile()
+    # Every array of the state is updated in its own memory.
+    assert lowered.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(layer))
+    got = compiled(layer, x)
+    assert_trees_close(got, kept(x, training=True))
+    assert layer.state.moving_mean.is_deleted()
+
+
+def test_export_carries_a_layer_through_bytes() -> None:
+    x, weights, _ = point()
+    layer = layer_of(0, SPEC.replace(synchronized=True))
+    train = jax.jit(lambda layer, x, w: layer(x, training=True, weights=w))
+    data = export.export(train)(layer, x, weights).serialize(vjp_order=1)
+    again = export.deserialize(data)
+    assert_trees_close(again.call(layer, x, weights), train(layer, x, weights))
+    slope = jax.grad(lambda x: jnp.sum(again.call(layer, x, weights)[0] ** 3))(x)
+    assert_trees_close(slope, jax.grad(lambda x: jnp.sum(train(layer, x, weights)[0] ** 3))(x), rtol=1e-9)
+    states = jax.jit(lambda state, x: batch_norm(x, state, layer.spec, training=True)[1])
+    of_states = export.deserialize(export.export(states)(layer.state, x).serialize())
+    assert_trees_close(of_states.call(layer.state, x), states(layer.state, x))
+
+
+def test_eval_is_exported_for_any_number_of_rows() -> None:
+    layer = layer_of(0)
+    (rows,) = export.symbolic_shape("n")
+    evaluate = jax.jit(lambda x: layer(x, training=False)[0])
+    shape = jax.ShapeDtypeStruct((rows, *SHAPE[1:]), jnp.float64)
+    of_any = export.export(evaluate)(shape)
+    for (x,) in (arrays(11, SHAPE), arrays(12, (7, *SHAPE[1:]))):
+        assert_trees_close(of_any.call(x), evaluate(x))
+    train = export.export(jax.jit(lambda x: layer(x, training=True)[0]))
+    with pytest.raises(InputError, match="need lengths that are numbers"):
+        train(shape)
 
 
 def test_updated_statistics_carry_no_gradient() -> None:

@@ -361,14 +361,15 @@ def test_symbolic_inputs_are_checked():
 
 
 def test_refuses_by_name():
-    with pytest.raises(SpecError, match="renorm_clipping has no r_max"):
+    with pytest.raises(SpecError, match="invalid keys"):
         BatchNormalization(renorm=True, renorm_clipping={"r_max": 3.0})
     with pytest.raises(SpecError, match="adjustment and virtual_batch_size"):
         BatchNormalization(adjustment=lambda shape: (1.0, 0.0), virtual_batch_size=4)
     with pytest.raises(InputError, match="renorm_clips need a layer with renorm"):
         BatchNormalization()(X, training=True, renorm_clips={"r_max": 3.0})
-    with pytest.raises(UnsupportedError, match="synchronized"):
-        BatchNormalization(synchronized=True)
+    synchronized = bnlayer.build(BatchNormSpec(3, synchronized=True), "keras")
+    with pytest.raises(UnsupportedError, match="shards"):
+        BACKEND.step(synchronized, Request((Call(X[:, 0]),), training=True, shards=(8, 4)))
     with pytest.raises(bnlayer.SpecError, match="epsilon"):
         BatchNormalization(epsilon=-1.0)
     with pytest.raises(InputError, match="build"):

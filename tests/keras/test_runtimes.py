@@ -33,8 +33,10 @@ def run(*arguments, **environment):
 def test_keras_on(runtime):
     if runtime not in INSTALLED:
         pytest.skip(f"{runtime} is not installed: pip install 'bnlayer[keras,{runtime}]'")
-    cases = Path(__file__).with_name("runtime_cases.py")
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases), KERAS_BACKEND=runtime)
+    files = ("runtime_cases.py", "drop_in_cases.py", "model_cases.py", "originals.py")
+    cases = [str(Path(__file__).with_name(name)) for name in files]
+    marks = "markers=requires_trainable_backend: a mark of Keras's own tests"
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", marks, *cases, KERAS_BACKEND=runtime)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -67,7 +69,11 @@ def test_the_backend_imports_neither_keras_nor_a_framework():
         "from bnlayer_keras.backend import BACKEND\n"
         "assert BACKEND.name == 'keras' and not BACKEND.owns(object())\n"
         "assert BACKEND.unsupported(bnlayer.BatchNormSpec(3)) is None\n"
-        "assert 'synchronized' in BACKEND.unsupported(bnlayer.BatchNormSpec(3, synchronized=True))\n"
+        "assert BACKEND.unsupported(bnlayer.BatchNormSpec(3, synchronized=True)) is None\n"
+        "from bnlayer_keras.model import ADAPTER\n"
+        "from bnlayer_keras.native import BACKEND as NATIVE\n"
+        "assert not ADAPTER.owns(object()) and not NATIVE.owns(object())\n"
+        "assert 'zero_debias' in NATIVE.unsupported(bnlayer.BatchNormSpec(3, zero_debias='all'))\n"
         "assert not {'keras', 'tensorflow', 'jax', 'torch'} & set(sys.modules)\n"
     )
     done = run("-c", code)

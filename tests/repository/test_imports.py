@@ -40,12 +40,13 @@ MAY_IMPORT = {
 }  # fmt: skip
 # What only some files of a package need, by the file's path inside it.
 MAY_ALSO_IMPORT = {
+    "bnlayer_numpy": [("native_onnxruntime.py", {"onnx", "onnxruntime"})],
     "bnlayer_conformance": [
         ("plugin.py", {"pytest"}),
         ("test_*.py", {"pytest"}),
         ("oracle.py", {"mpmath"}),
         ("authoring/*", {"mpmath", "jsonschema"}),
-    ]
+    ],
 }
 # Of another backend, only its function: as an attribute of the package or from its module.
 ANOTHERS = {"", "function"}

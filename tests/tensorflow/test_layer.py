@@ -86,9 +86,14 @@ def test_devices():
             bnlayer.build(BatchNormSpec(3), "tensorflow", device=device)
 
 
-def test_refuses_what_it_lacks():
-    with pytest.raises(UnsupportedError, match="synchronized"):
-        BatchNorm(BatchNormSpec(3, synchronized=True))
+def test_outside_of_a_strategy_a_synchronized_layer_is_the_only_replica():
+    x = np.random.default_rng(3).normal(size=(8, 3)).astype("f4")
+    spec = BatchNormSpec(3, decay=0.0, moving_variance_estimator="unbiased", synchronized=True)
+    layer = BatchNorm(spec)
+    layer(tf.constant(x), training=True)
+    np.testing.assert_allclose(layer.moving_variance.numpy(), x.var(0, ddof=1), rtol=1e-5)
+    with pytest.raises(InputError, match="more than one value per channel"):
+        layer(tf.constant(x[:1]), training=True)
 
 
 def test_looking_at_the_backend_imports_no_tensorflow():

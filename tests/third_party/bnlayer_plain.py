@@ -17,10 +17,9 @@ from bnlayer.state import BatchNormState
 
 State = BatchNormState[NDArray]
 
-MISSING = Missing(
-    fields=dict.fromkeys(("renorm", "virtual_batch_size", "zero_debias", "synchronized"), "not implemented"),
-    adjustment="not implemented",
-)
+FIELDS = ("renorm", "virtual_batch_size", "zero_debias", "synchronized")
+NOT = "not implemented"
+MISSING = Missing(fields=dict.fromkeys(FIELDS, NOT), adjustment=NOT, shards=NOT, direction=NOT)
 
 
 class BatchNorm:

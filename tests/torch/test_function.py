@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import bnlayer_torch
-from bnlayer import BatchNormSpec, BatchNormState, InputError, UnsupportedError
+from bnlayer import BatchNormSpec, BatchNormState, InputError
 
 torch = pytest.importorskip("torch", reason="pip install 'bnlayer[torch]'")
 batch_norm = bnlayer_torch.batch_norm
@@ -291,5 +291,3 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     for x in (torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64)):
         with pytest.raises(InputError):
             batch_norm(x, state, spec, training=False)
-    with pytest.raises(UnsupportedError, match="synchronized"):
-        batch_norm(normal(2, 3), state, spec.replace(synchronized=True), training=True)

@@ -263,14 +263,3 @@ def test_any_input_dtype_goes_with_any_parameter_dtype(training: bool, dtype: An
 def test_repr_says_what_differs_from_torch() -> None:
     assert repr(BatchNorm2d(3)) == repr(torch.nn.BatchNorm2d(3))
     assert "moving_variance_estimator='biased'" in repr(BatchNorm2d(3, moving_variance_estimator="biased"))
-
-
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("arguments", [{}, {"moving_variance_estimator": "biased"}], ids=str)
-def test_it_compiles_into_one_graph(arguments: dict[str, Any]) -> None:
-    torch.compiler.reset()
-    module, x = BatchNorm1d(3, **arguments), normal(64, 3)
-    reference = copy.deepcopy(module)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), reference(x))
-    torch.testing.assert_close(module.running_var, reference.running_var)

@@ -436,7 +436,6 @@ def test_one_value_in_a_ghost_batch_is_refused() -> None:
     assert module.num_batches_tracked == 0
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_it_compiles_into_one_graph(options: dict[str, Any], weighted: bool) -> None:
@@ -450,7 +449,6 @@ def test_it_compiles_into_one_graph(options: dict[str, Any], weighted: bool) -> 
         torch.testing.assert_close(module.get_buffer(name), buffer)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_compiles_for_any_number_of_rows(layout: Any) -> None:
     torch.compiler.reset()

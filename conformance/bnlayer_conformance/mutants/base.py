@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
-from bnlayer.call import RenormClips, plan_call, renorm_clips, trains
-from bnlayer.contract import Call, CallOutcome, Missing, NDArray, Outcome, Request
+from bnlayer.call import RenormClips, plan_call, refuse_single_value, renorm_clips, trains
+from bnlayer.contract import Call, CallOutcome, NDArray, Outcome, Request
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
-
-_MISSING = Missing(fields={"synchronized": "not part of the mutants"})
 
 
 @dataclass
@@ -40,9 +39,11 @@ class Batch:
 
 @dataclass
 class Tape:
-    """What one (ghost) batch leaves for the backward pass. `p` is None where the moving statistics normalized."""
+    """What one (ghost) batch leaves for the backward pass. `p` is None where the moving statistics normalized;
+    `replicas` are the rows of each."""
 
     rows: slice
+    replicas: list[slice]
     xhat: NDArray
     variance: NDArray
     sd: NDArray
@@ -69,7 +70,7 @@ class Base:
         return isinstance(layer, Layer)
 
     def unsupported(self, spec: BatchNormSpec, request: Request | None = None) -> str | None:  # noqa: D102
-        return _MISSING.reason(spec, request)
+        return None
 
     def build(self, spec: BatchNormSpec, state: BatchNormState[NDArray] | None = None, *, device: Any = None) -> Layer:  # noqa: D102
         state = BatchNormState.initial(spec) if state is None else state
@@ -96,9 +97,9 @@ class Base:
                 if call.dy is None:
                     outcomes.append(CallOutcome(y))
                     continue
-                dx, dgamma, dbeta, dweights = _backward(before, layer.spec, call, of_call)
+                dx, dgamma, dbeta, dweights, hvp = _backward(before, layer.spec, call, of_call)
                 gradients.append((dgamma, dbeta))
-                outcomes.append(CallOutcome(y, dx=dx, dweights=dweights))
+                outcomes.append(CallOutcome(y, dx=dx, dweights=dweights, hvp=hvp))
             sum_gamma = _sum([g for g, _ in gradients], before.gamma)
             sum_beta = _sum([b for _, b in gradients], before.beta)
         return layer, Outcome(tuple(outcomes), state=layer.state, dgamma=sum_gamma, dbeta=sum_beta)
@@ -114,7 +115,10 @@ def _forward(layer: Layer, call: Call, request: Request) -> tuple[NDArray, list[
     given = None if call.weights is None else call.weights.shape
     adjusted = None if call.adjustment is None else (call.adjustment[0].shape, call.adjustment[1].shape)
     clips = renorm_clips(spec, request.renorm_clips)
-    plan_call(spec, call.x.shape, call.x.dtype.name, training=training, weights_shape=given, adjustment_shapes=adjusted)
+    kind = call.x.dtype.name
+    plan = plan_call(spec, call.x.shape, kind, training=training, weights_shape=given, adjustment_shapes=adjusted)
+    if plan.synchronized:
+        refuse_single_value(spec, plan.count, "batch")
     if call.weights is not None and not bool(np.all((call.weights >= 0) & (call.weights < np.inf))):
         raise InputError("weights must be finite and not negative.")
     arithmetic = np.float64 if call.x.dtype == np.float64 else np.float32
@@ -127,9 +131,10 @@ def _forward(layer: Layer, call: Call, request: Request) -> tuple[NDArray, list[
         return values.astype(arithmetic).reshape(shape)
 
     w = _spread(call.weights, x.shape, axis)
+    replicas = _replicas(request.shards if training else None)
     y, tapes, batches = np.empty_like(x), [], []
     for rows in _ghosts(spec, x.shape[0], training):
-        tape, entering = _part(state, spec, call, clips, x[rows], w[rows], axis, axes, shape, training)
+        tape, entering = _part(state, spec, call, clips, x[rows], w[rows], axis, axes, shape, training, replicas)
         tape.rows = rows
         z = tape.xhat * tape.r + tape.dd
         y[rows] = z * tape.s + tape.b
@@ -145,6 +150,13 @@ def _forward(layer: Layer, call: Call, request: Request) -> tuple[NDArray, list[
     if moves:
         layer.state = _moved(state, spec, _joined(batches))
     return y, tapes
+
+
+def _replicas(shards: tuple[int, ...] | None) -> list[slice]:
+    """The rows of each replica; all rows together on one."""
+    if shards is None:
+        return [slice(None)]
+    return [slice(*edge) for edge in pairwise(accumulate(shards, initial=0))]
 
 
 def _ghosts(spec: BatchNormSpec, rows: int, training: bool) -> list[slice]:
@@ -169,6 +181,7 @@ def _part(
     axes: tuple[int, ...],
     shape: tuple[int, ...],
     training: bool,
+    replicas: list[slice],
 ) -> tuple[Tape, Batch | None]:
     arithmetic = x.dtype.type
 
@@ -189,6 +202,8 @@ def _part(
         variance = total(p * np.square(seen - mean))
         one_over_n = np.sum(np.square(w / W))
         single = np.count_nonzero(w) == 1
+        if len(replicas) > 1:
+            mean, variance, one_over_n = _merged(seen, w, replicas, axes)
         unbiased = variance * 0 if single else variance / (1 - one_over_n)
     elif state.moving_mean is not None and state.moving_variance is not None:
         p = None
@@ -215,7 +230,30 @@ def _part(
         s = call.adjustment[0].astype(arithmetic)
         b = call.adjustment[1].astype(arithmetic)
     enters = Batch(mean, variance, unbiased, float(W)) if batch or not training else None
-    return Tape(slice(None), xhat, variance, sd, p, w, r, dd, s, b, axis, axes), enters
+    return Tape(slice(None), replicas, xhat, variance, sd, p, w, r, dd, s, b, axis, axes), enters
+
+
+def _merged(x: NDArray, w: NDArray, replicas: list[slice], axes: tuple[int, ...]) -> tuple[NDArray, NDArray, Any]:
+    """The mean, the biased variance and 1/n of several replicas' rows, each from its own moments.
+
+    In float64: the difference of two means that float32 has rounded is off by their size, and so is its square.
+    """
+    totals = [float(np.sum(w[rows])) for rows in replicas]
+    W = sum(totals)
+    shares = [own / W for own in totals]
+    means, variances, squares = [], [], []
+    for rows, own in zip(replicas, totals, strict=True):
+        p = w[rows] / (own if own > 0 else 1.0)
+        m = np.sum(p * x[rows], axis=axes, keepdims=True)
+        v = np.sum(p * np.square(x[rows] - m), axis=axes, keepdims=True)
+        means.append(m)
+        variances.append(v)
+        squares.append(float(np.sum(np.square(w[rows]))))
+    mean = np.sum([share * m for share, m in zip(shares, means, strict=True)], axis=0)
+    between = [np.square(m - mean) for m in means]
+    variance = np.sum([s * (v + b) for s, v, b in zip(shares, variances, between, strict=True)], axis=0)
+    one_over_n = sum(squares) / W**2
+    return mean.astype(x.dtype), variance.astype(x.dtype), one_over_n
 
 
 def _joined(batches: list[Batch]) -> Batch:
@@ -276,30 +314,43 @@ def _spread(weights: NDArray | None, shape: tuple[int, ...], axis: int) -> NDArr
 
 def _backward(
     state: BatchNormState[NDArray], spec: BatchNormSpec, call: Call, tapes: list[Tape]
-) -> tuple[NDArray, NDArray, NDArray, NDArray | None]:
+) -> tuple[NDArray, NDArray, NDArray, NDArray | None, NDArray | None]:
     assert call.dy is not None
     axes, shape = tapes[0].axes, tapes[0].sd.shape
     arithmetic = tapes[0].xhat.dtype
     dy = call.dy.astype(arithmetic)
     gamma = np.ones(shape) if state.gamma is None else state.gamma.astype(np.float64).reshape(shape)
-    dx, each = np.zeros(dy.shape), np.zeros(dy.shape)
+    dx, each, hvp = np.zeros(dy.shape), np.zeros(dy.shape), np.zeros(dy.shape)
     dgamma = np.zeros(spec.num_features)
 
     def total(values: NDArray) -> NDArray:
         return np.asarray(np.sum(values, axis=axes, keepdims=True, dtype=np.float64))
+
+    def over_replicas(values: NDArray) -> NDArray:
+        sums = [total(values[rows]) for rows in tapes[0].replicas]
+        return np.asarray(sum(sums))
 
     for tape in tapes:
         xhat = np.where((tape.w > 0) | np.isfinite(tape.xhat), tape.xhat, 0)
         dz = dy[tape.rows]
         g = dz * tape.s
         sd, r = tape.sd, tape.r
-        s1 = total(g)
-        s2 = total(g * xhat)
+        s1 = over_replicas(g)
+        s2 = over_replicas(g * xhat)
         p = tape.p
         inner = g
         if p is not None:
             inner = g - p * (s1 + xhat * s2)
         dx[tape.rows] = gamma * r / sd * inner
+        if call.direction is not None and p is not None:
+            t = np.where((tape.w > 0) | np.isfinite(tape.xhat), call.direction[tape.rows].astype(arithmetic), 0)
+            shift = over_replicas(p * t)
+            q = over_replicas(p * xhat * t)
+            moved = (t - shift - xhat * q) / sd
+            s2_moved = over_replicas(g * moved)
+            of_sd = inner * q / sd
+            of_xhat = p * (moved * s2 + xhat * s2_moved)
+            hvp[tape.rows] = -gamma * r / sd * (of_sd + of_xhat)
         z = (xhat * r + tape.dd) * tape.s + tape.b
         dgamma = dgamma + total(dz * z).reshape(-1)
         ratio = tape.variance / (tape.variance + spec.epsilon)
@@ -312,7 +363,8 @@ def _backward(
     dweights = None
     if call.weights is not None and call.weights.dtype.kind not in "biu":
         dweights = _gathered(each, call.weights, tapes[0].axis)
-    return dx.astype(call.x.dtype), dgamma, dbeta, dweights
+    second = None if call.direction is None else hvp.astype(call.x.dtype)
+    return dx.astype(call.x.dtype), dgamma, dbeta, dweights, second
 
 
 def _gathered(each: NDArray, weights: NDArray, axis: int) -> NDArray:

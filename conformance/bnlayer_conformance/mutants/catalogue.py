@@ -44,8 +44,18 @@ _Z: Final = "z = tape.xhat * tape.r + tape.dd"
 _FROM_STDDEV: Final = 'new_variance = np.maximum(np.square(new["moving_stddev"]) - spec.epsilon, 0)'
 _SIZE: Final = "size = spec.virtual_batch_size"
 _GHOST_VARIANCE: Final = "variance = sum(q * batch.variance for q, batch in zip(shares, batches, strict=True))"
-_PART: Final = "tape, entering = _part(state, spec, call, clips, x[rows], w[rows], axis, axes, shape, training)"
+_PART: Final = (
+    "tape, entering = _part(state, spec, call, clips, x[rows], w[rows], axis, axes, shape, training, replicas)"
+)
 _MASKED_XHAT: Final = "xhat = np.where((tape.w > 0) | np.isfinite(tape.xhat), tape.xhat, 0)"
+_MERGED: Final = "variance = np.sum([s * (v + b) for s, v, b in zip(shares, variances, between, strict=True)], axis=0)"
+_SHARES: Final = "shares = [own / W for own in totals]"
+_ONE_OVER_N: Final = "one_over_n = sum(squares) / W**2"
+_ALL_REDUCED: Final = "return np.asarray(sum(sums))"
+_MOVED: Final = "moved = (t - shift - xhat * q) / sd"
+_OF_SD: Final = "of_sd = inner * q / sd"
+_OF_XHAT: Final = "of_xhat = p * (moved * s2 + xhat * s2_moved)"
+_HVP: Final = "hvp[tape.rows] = -gamma * r / sd * (of_sd + of_xhat)"
 _EACH: Final = "at = xhat * s1 + 0.5 * (np.square(xhat) - ratio) * s2"
 
 MUTANTS: Final = (
@@ -99,6 +109,8 @@ MUTANTS: Final = (
     Mutant("Bessel counts masked rows", _UNBIASED, "unbiased = variance * 0 if single else variance * w.size / (w.size - 1)"),
     Mutant("Bessel by the total weight", _UNBIASED, "unbiased = variance * 0 if single else variance * W / (W - 1)"),
     Mutant("Bessel of one value", _UNBIASED, "unbiased = variance / (1 - one_over_n)", "pytorch/pytorch#4534"),
+    Mutant("Bessel's variance in one pass", _UNBIASED,
+           "unbiased = variance * 0 if single else (total(p * np.square(seen)) - np.square(mean)) / (1 - one_over_n)"),
     Mutant("Bessel counts in float32", "one_over_n = np.sum(np.square(w / W))",
            "one_over_n = np.sum(np.square(w.astype(np.float32))) / np.square(np.float32(W))"),
     Mutant("normalizes unbiased", _SD, "sd = np.sqrt((unbiased if batch else variance) + arithmetic(spec.epsilon))",
@@ -162,13 +174,13 @@ MUTANTS: Final = (
            "moves = request.update_stats and spec.track_moving_stats and bool(batches) and not request.frozen_statistics",
            "tensorflow/tensorflow#16102"),
     Mutant("frozen statistics ignored", _TRAINING, "training = request.training", "keras-team/keras#6570"),
-    Mutant("frozen normalizes with the batch", _PART, _PART.replace("shape, training)", "shape, request.training)"),
+    Mutant("frozen normalizes with the batch", _PART, _PART.replace("training,", "request.training,"),
            "tf.layers trainable=False"),
     Mutant("update_stats ignored", _MOVES, "moves = training and spec.track_moving_stats and len(batches) > 0"),
     Mutant("update_stats=False means eval", _PART,
-           _PART.replace("shape, training)", "shape, training and request.update_stats)")),
+           _PART.replace("training,", "training and request.update_stats,")),
     Mutant("update_stats=False means the batch", _PART,
-           _PART.replace("shape, training)", "shape, training or not request.update_stats)")),
+           _PART.replace("training,", "training or not request.update_stats,")),
     # Degenerate batches.
     Mutant("empty batch counts", _ENTERS, "enters = Batch(mean, variance, unbiased, max(float(W), 1.0)) if batch or w.size == 0 else None",
            "torch's counter on an empty batch"),
@@ -219,6 +231,8 @@ MUTANTS: Final = (
     Mutant("dx without gamma", _DX, "dx[tape.rows] = r / sd * inner"),
     Mutant("dx by the variance", _DX, "dx[tape.rows] = gamma * r / np.square(sd) * inner"),
     Mutant("gradient clipped", "dy = call.dy.astype(arithmetic)", "dy = np.clip(call.dy, -1e3, 1e3).astype(arithmetic)"),
+    Mutant("gradient of rows clipped", "dy = call.dy.astype(arithmetic)",
+           "dy = np.clip(call.dy, -1e3, 1e3).astype(arithmetic) if call.dy.ndim == 2 else call.dy.astype(arithmetic)"),
     Mutant("eval gradient through the batch", "p = tape.p", "p = np.full(tape.w.shape, 1 / max(tape.w.size, 1))",
            "pytorch/pytorch#4284"),
     Mutant("dgamma in units of x", _DGAMMA, "dgamma = dgamma + total(dz * z * sd).reshape(-1)", "cf. pytorch/pytorch#57796"),
@@ -296,11 +310,46 @@ MUTANTS: Final = (
     Mutant("adjustment after beta", "y = y + per_channel(state.beta)", "y = y + per_channel(state.beta) * tapes[0].s"),
     Mutant("adjustment without a gradient", "g = dz * tape.s", "g = dz"),
     Mutant("dgamma without the adjustment", "z = (xhat * r + tape.dd) * tape.s + tape.b", "z = xhat * r + tape.dd"),
+    # Second order: right to first order, all of these.
+    Mutant("the variance's mean is a constant", _OF_XHAT, "of_xhat = p * ((moved + shift / sd) * s2 + xhat * s2_moved)",
+           "tf.nn.moments, keras"),
+    Mutant("the deviation is a constant of the second order", _OF_SD, "of_sd = 0 * inner"),
+    Mutant("sum of dy xhat is a constant of the second order", _OF_XHAT, "of_xhat = p * moved * s2"),
+    Mutant("xhat is a constant of the second order", _OF_XHAT, "of_xhat = p * xhat * s2_moved"),
+    Mutant("direction not centered", _MOVED, "moved = (t - xhat * q) / sd"),
+    Mutant("direction's part along xhat stays", _MOVED, "moved = (t - shift) / sd"),
+    Mutant("second order without weights", "shift = over_replicas(p * t)", "shift = over_replicas(t) / tape.w.size"),
+    Mutant("masked rows move by themselves", "s2_moved = over_replicas(g * moved)", "s2_moved = over_replicas(g * moved * (tape.w > 0))"),
+    Mutant("second order without the adjustment", "s2_moved = over_replicas(g * moved)", "s2_moved = over_replicas(dz * moved)"),
+    Mutant("second order without r", _HVP, "hvp[tape.rows] = -gamma / sd * (of_sd + of_xhat)"),
+    Mutant("r follows the batch", _OF_SD, "of_sd = inner * q / sd * (0 if state.renorm_mean is not None else 1)"),
+    Mutant("second order without gamma", _HVP, "hvp[tape.rows] = -r / sd * (of_sd + of_xhat)"),
+    Mutant("second order of the first ghost only", _HVP, "hvp[tape.rows] = -gamma * r / sd * (of_sd + of_xhat) * (tape is tapes[0])"),
+    # Synchronized statistics.
+    Mutant("replicas' means count alike", _SHARES, "shares = [1 / len(totals) for own in totals]"),
+    Mutant("replicas count by rows", _SHARES, "shares = [w[rows].size / w.size for rows in replicas]"),
+    Mutant("replicas that have rows count alike", _SHARES, "shares = [(own > 0) / sum(other > 0 for other in totals) for own in totals]"),
+    Mutant("variance between replicas ignored", "between = [np.square(m - mean) for m in means]", "between = [np.square(m - m) for m in means]"),
+    Mutant("an empty replica is NaN", "p = w[rows] / (own if own > 0 else 1.0)", "p = w[rows] / own; p = p if p.size else np.full((), np.nan)"),
+    Mutant("merged by sums of squares", _MERGED,
+           "variance = sum(np.float32(s) * (np.square(np.float32(m)) + np.float32(v)) for s, v, m in zip(shares, variances, means, strict=True)) - np.square(np.float32(mean))"),
+    Mutant("Bessel by the largest replica", _ONE_OVER_N, "one_over_n = min(s / own**2 for s, own in zip(squares, totals, strict=True) if own > 0)"),
+    Mutant("effective counts added up", _ONE_OVER_N, "one_over_n = 1 / sum(own**2 / s for s, own in zip(squares, totals, strict=True) if own > 0)"),
+    Mutant("Bessel by all rows, masked or not", _ONE_OVER_N, "one_over_n = 1 / w.size"),
+    Mutant("backward without the all-reduce", _ALL_REDUCED,
+           "return np.concatenate([np.broadcast_to(s, values[rows].shape) for s, rows in zip(sums, tapes[0].replicas, strict=True)])"),
+    Mutant("backward averages over the replicas", _ALL_REDUCED, "return np.asarray(sum(sums)) / len(sums)"),
+    Mutant("parameter gradients averaged over the replicas", "sum_gamma = _sum([g for g, _ in gradients], before.gamma)",
+           "sum_gamma = _sum([g / len(request.shards or (1,)) for g, _ in gradients], before.gamma)", "DDP's mean"),
+    Mutant("each replica counts", "layer.state = _moved(state, spec, _joined(batches))",
+           "layer.state = _moved(state, spec, _joined(batches)).replace(num_updates=state.num_updates + len(replicas))"),
+    Mutant("replicas meet in eval", _BATCH, "batch = training or not spec.track_moving_stats or (spec.synchronized and w.size > 0)"),
+    Mutant("replicas meet although frozen", _TRAINING, "training = trains(spec, request.training, request.frozen_statistics and request.shards is None)"),
     # What must be refused.
     Mutant("builds from any state", "state = state.checked(spec)", "state = state", only="invalid"),
     Mutant("loads any state", "state = state.checked(layer.spec)", "state = state", only="invalid"),
     Mutant("negative weights", "if call.weights is not None and not bool(np.all((call.weights >= 0) & (call.weights < np.inf))):",
            "if False:", only="invalid"),
-    Mutant("any shape is a call", "plan_call(spec, call.x.shape, call.x.dtype.name, training=training, weights_shape=given, adjustment_shapes=adjusted)",
-           "plan_call(spec, call.x.shape, call.x.dtype.name, training=False, weights_shape=given)", only="invalid"),
+    Mutant("any shape is a call", "plan = plan_call(spec, call.x.shape, kind, training=training, weights_shape=given, adjustment_shapes=adjusted)",
+           "plan = plan_call(spec, call.x.shape, kind, training=False, weights_shape=given)", only="invalid"),
 )  # fmt: skip
