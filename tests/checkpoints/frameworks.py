@@ -65,8 +65,8 @@ def torch(folder: Path) -> None:
     def model(seed: int) -> nn.Sequential:
         torch.manual_seed(seed)
         net = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4, eps=1e-3),
-            nn.Flatten(), nn.Linear(100, 5), nn.BatchNorm1d(5, affine=False),
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False),
+            nn.BatchNorm2d(4, eps=1e-3), nn.Flatten(), nn.Linear(100, 5), nn.BatchNorm1d(5, affine=False),
         )  # fmt: skip
         for _ in range(3):
             net(torch.randn(6, 3, 7, 7))

@@ -17,8 +17,9 @@ MB = 2**20
 LARGE = 500 * MB
 MOST = 150 * MB  # what inspecting a file may take, all of Python and NumPy included
 PEAK = """
-import json, resource, sys
-sys.stdout.write(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)))
+import resource, sys
+unit = 1 if sys.platform == "darwin" else 1024
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 """
 
 
