@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import rmtree
 from subprocess import STDOUT
 from tempfile import TemporaryFile
 from threading import Lock
@@ -26,6 +28,7 @@ SHOWING = Lock()
 
 # Frameworks that want a process of their own: they fight over threads, memory and what they patch.
 ALONE = ("torch", "tensorflow", "jax", "keras", "onnx")
+FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "flax", "equinox", "haiku", "orbax", "onnxruntime", "safetensors")
 # What each backend is tested with in an environment that has nothing else; Keras on the smallest of its frameworks.
 NEEDS = {
     "numpy": (),
@@ -34,16 +37,19 @@ NEEDS = {
     "jax": ("jax",),
     "keras": ("keras", "jax"),
 }
-GROUPS = ("frameworks", "peers", "examples", "test", "lint")  # of what the session `tests` installs
+GROUPS = ("frameworks", "peers", "files", "examples", "test", "lint")  # of what the session `tests` installs
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+CORPUS = "BNLAYER_CORPUS"  # names the folder of checkpoints that the frameworks made, where they lie ready
+ABSENT = "from importlib.util import find_spec; import sys; sys.exit(' '.join(filter(find_spec, sys.argv[1:])))"
 CHECKS: list[Command] = [({}, command.split()) for command in ("ruff check", "ruff format --check", "mypy", "pyright")]
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Everything: checks, tests and conformance with all frameworks in one environment, then the session `base`."""
+    """Everything: checks, tests and conformance with all frameworks in one environment, then what needs none."""
     session.notify("base")
     install_everything(session)
+    make_corpus(session)
     run_all(session, pytests() + conform_runs() + CHECKS, lanes=LANES)
 
 
@@ -62,6 +68,26 @@ def base(session: nox.Session) -> None:
     session.run("bnlayer", "conform")
     session.run("bnlayer", "backends")
     session.run("bnlayer", "explain", "torch", "keras")
+
+
+@nox.session
+def checkpoints(session: nox.Session) -> None:
+    """Every framework makes its checkpoints, then the session `reading` has none of them and reads every one."""
+    if CORPUS not in os.environ:
+        install_everything(session)
+    make_corpus(session)
+
+
+@nox.session
+def reading(session: nox.Session) -> None:
+    """The wheel and the formats' libraries alone read the checkpoints in BNLAYER_CORPUS, equal to the bit."""
+    if CORPUS not in os.environ:
+        session.error(f"{CORPUS} must name a folder of checkpoints; `nox -s checkpoints` makes one")
+    install(session, ".[checkpoints]", *requirements("test", ("pytest",)))
+    session.chdir(session.create_tmp())
+    session.run("python", "-c", ABSENT, *FRAMEWORKS)
+    folder = ROOT / "tests" / "checkpoints"
+    session.run("pytest", f"--confcutdir={folder}", str(folder / "test_corpus.py"), str(folder / "test_inspect.py"))
 
 
 @nox.session
@@ -94,6 +120,17 @@ def install_everything(session: nox.Session) -> None:
 def install(session: nox.Session, *arguments: str) -> None:
     """Install under the constraints that keep torch small."""
     session.install("-c", str(ROOT / "constraints.txt"), *arguments)
+
+
+def make_corpus(session: nox.Session) -> None:
+    """Have every framework make its checkpoints, unless they are there, and `reading` read them afterwards."""
+    session.notify("reading")
+    if CORPUS in os.environ:
+        return
+    folder = Path(session.create_tmp()) / "corpus"
+    rmtree(folder, ignore_errors=True)
+    session.run("python", str(ROOT / "tests" / "checkpoints" / "corpus.py"), "all", str(folder), env=ENVIRONMENT)
+    os.environ[CORPUS] = str(folder)  # for all that runs from here on, `reading` too
 
 
 def requirements(group: str, names: tuple[str, ...]) -> list[str]:
