@@ -11,13 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from .errors import BackendUnavailable, UnsupportedError
 from .spec import BatchNormSpec
 from .state import BatchNormState
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 Layer = Any  # the framework's own kind of layer
@@ -195,6 +198,24 @@ class LayerRecord:
     reason: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One forward pass of a model.
+
+    Attributes:
+        model: the model after it; the same object where models are mutable.
+        output: the first array of what the model returned, channels last, in float32 or wider.
+        layers: for each batch norm that was called, in the order of the calls, its name to (input, output) of its first
+            call: as the layer had them, channels where they are. Empty unless asked for.
+        calls: the names of all layers that hold tensors, in the order of their first calls. Empty unless asked for.
+    """
+
+    model: Any
+    output: NDArray
+    layers: Mapping[str, tuple[NDArray, NDArray]] = field(default_factory=dict)
+    calls: tuple[str, ...] = ()
+
+
 @runtime_checkable
 class ModelAdapter(Protocol):
     """The only way by which porting, surgery and parity testing reach the live models of a framework.
@@ -239,6 +260,44 @@ class ModelAdapter(Protocol):
 
         Raises:
             UnsupportedError: the framework's own layer has no such flag; convert the model first.
+        """
+        ...
+
+    def read(self, model: Any) -> Checkpoint:
+        """The model as a checkpoint: what the framework's own file of it would hold, under that file's names.
+
+        Tensors come layer by layer, in the order in which the model holds its layers (`order_is_meaningful`), and
+        `layers` says of each what it is: `Layer.kind` is a kind of `bnlayer.porting.units`, or else the class's name.
+        """
+        ...
+
+    def write(self, model: Any, checkpoint: Checkpoint) -> Any:
+        """The model with its tensors from a checkpoint of the names that `read` gives; the same object if mutable.
+
+        Dtypes and devices stay the model's.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or of another shape; the model is as it was.
+        """
+        ...
+
+    def configure(self, model: Any, specs: Mapping[str, BatchNormSpec]) -> Any:
+        """The model with these batch norms' epsilon and decay; the same object where models are mutable.
+
+        Raises:
+            UnsupportedError: the framework's layer has them in the model's code, and they differ there.
+        """
+        ...
+
+    def run(self, model: Any, x: NDArray, *, training: bool, capture: bool = False) -> Run:
+        """One forward pass without gradients.
+
+        Args:
+            model: in any mode; the mode that it is in comes back after.
+            x: the batch first and the channels last; moved to where the framework's models have them.
+            training: batch norms train, and their moving statistics move; everything else (dropout, stochastic depth)
+                is in eval mode either way.
+            capture: fill `Run.layers` and `Run.calls`.
         """
         ...
 
