@@ -44,3 +44,7 @@ class FileError(BatchNormError, ValueError):
 
 class CheckpointError(FileError):
     """A checkpoint cannot be read or written; the message names the file, the place in it, and the cause."""
+
+
+class PortError(BatchNormError, ValueError):
+    """A port was refused: what could not be decided or has no place is listed, and nothing was written."""

@@ -213,12 +213,15 @@ def _stored(
     sources: dict[str, Origin] = dict.fromkeys(ASSUMABLE, "assumed")
     sources["kind"] = "assumed" if candidate.doubt else "file"
     if candidate.settings:
-        told = BatchNormSpec.from_dialect(candidate.dialect, **_argued(candidate, features))
+        told = _told(candidate, features)
         for name in ("epsilon", "decay", "axis", "moving_variance_estimator"):
             fields[name] = getattr(told, name)
             sources[name] = "file"
         if told.renorm is not None:
             fields["renorm"] = told.renorm
+        fields["synchronized"] = told.synchronized
+        if "spec" in candidate.settings:
+            fields = told.to_dict() | {"renorm": told.renorm}
     for name, value in given.items():
         if value is not None and sources[name] != "file":
             fields[name], sources[name] = value, "given"
@@ -231,6 +234,13 @@ def _stored(
     return StoredBatchNorm(
         checkpoint, candidate.name, owner, features, dict(parts), missing, spec, sources, candidate.convention
     )
+
+
+def _told(candidate: Candidate, features: int) -> BatchNormSpec:
+    """What the layer's own arguments say; a live model's layer, for which its framework may lack words, has a spec."""
+    if "spec" in candidate.settings:
+        return BatchNormSpec.from_dict(candidate.settings["spec"])
+    return BatchNormSpec.from_dialect(candidate.dialect, **_argued(candidate, features))
 
 
 def _argued(candidate: Candidate, features: int) -> dict[str, Any]:

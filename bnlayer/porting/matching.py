@@ -1,0 +1,256 @@
+"""Which layer of the source is which of the template: found by independent votes, refused where they do not suffice.
+
+The votes: a shape that only one layer of a kind has on either side; the names' rules (`names`); the order in which the
+layers come, where both sides have one; the layer that a batch norm belongs to. A pair is accepted on its unique shape,
+on a names' rule that the order does not contradict, on its owner's match, or because nothing else is left of its class.
+Order alone decides nothing: two layers of equal shape may have been defined in either order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from . import names
+from .layouts import Shape
+from .units import KERNELS, Unit, Units
+
+
+@dataclass(frozen=True)
+class Match:
+    """A source layer and the template's layer that gets its weights.
+
+    Attributes:
+        source, target: their names.
+        kind: the target's kind.
+        votes: what spoke for it: "shape", "names", "order", "owner", "elimination", "rule" (given by hand), "run".
+    """
+
+    source: str
+    target: str
+    kind: str
+    votes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ambiguous:
+    """Layers that the votes could not tell apart; `proposal` is what the order would say, for a run to decide."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    reason: str
+    proposal: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What was decided, and what was not."""
+
+    matches: tuple[Match, ...]
+    ambiguous: tuple[Ambiguous, ...]
+    unmatched_source: tuple[str, ...]
+    unmatched_target: tuple[str, ...]
+
+
+def match(source: Units, target: Units, given: Mapping[str, str] | None = None) -> Matching:
+    """Match two checkpoints' layers.
+
+    Args:
+        given: pairs that are certain: the source's name to the target's.
+    """
+    return _Search(source, target, given or {}).result()
+
+
+def _squeezed(shape: Shape) -> Shape:
+    """A 1x1 convolution's shape as a dense layer's."""
+    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
+
+
+@dataclass
+class _Search:
+    source: Units
+    target: Units
+    given: Mapping[str, str]
+    pairs: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+
+    def result(self) -> Matching:
+        for s, t in self.given.items():
+            self.accept(s, t, "rule")
+        self.by_votes(KERNELS_AND_NORMS, _strict)
+        self.by_votes(KERNELS_AND_NORMS, _loose)
+        self.batch_norms()
+        self.kernels_of_batch_norms()
+        ambiguous = self.undecided()
+        named = {name for one in ambiguous for name in (*one.sources, *one.targets)}
+        return Matching(
+            tuple(self.matches()),
+            tuple(ambiguous),
+            tuple(u.name for u in self.free(self.source) if u.name not in named),
+            tuple(u.name for u in self.free(self.target) if u.name not in named),
+        )
+
+    def matches(self) -> Iterable[Match]:
+        for unit in self.source.units:
+            if unit.name in self.pairs:
+                t, votes = self.pairs[unit.name]
+                yield Match(unit.name, t, self.target[t].kind, votes)
+
+    def accept(self, s: str, t: str, *votes: str) -> None:
+        self.pairs[s] = (t, votes)
+
+    def free(self, side: Units, kinds: Sequence[str] | None = None) -> list[Unit]:
+        """The units that have no match yet."""
+        done = set(self.pairs) if side is self.source else {t for t, _ in self.pairs.values()}
+        return [u for u in side.units if u.name not in done and (kinds is None or u.kind in kinds)]
+
+    def by_votes(self, kinds: Sequence[str], key: Key) -> None:
+        """Match the units of these kinds whose classes by `key` agree."""
+        froms, tos = self.free(self.source, kinds), self.free(self.target, kinds)
+        source_class = {u.name: key(u) for u in froms}
+        target_class = {u.name: key(u) for u in tos}
+        told = names.rules(
+            names.parsed([u.name for u in froms]), names.parsed([u.name for u in tos]),
+            source_class, target_class, self.in_order,
+        )  # fmt: skip
+        says: dict[str, set[str]] = defaultdict(set)
+        claimed: dict[str, set[str]] = defaultdict(set)
+        for rule in told:
+            for s, t in rule.pairs.items():
+                says[s].add(t)
+                claimed[t].add(s)
+        for sources, targets in _classes(source_class, target_class).values():
+            if not sources or not targets:
+                continue
+            unique = len(sources) == len(targets) == 1
+            for s in sources:
+                (t,) = says[s] if len(says[s]) == 1 else (None,)
+                if t is not None and claimed[t] == {s}:
+                    self.accept(
+                        s,
+                        t,
+                        *(["shape"] if unique else []),
+                        "names",
+                        *self.order_vote(s, t, source_class, target_class),
+                    )
+                elif unique and not says[s] and not claimed[targets[0]]:
+                    self.accept(s, targets[0], "shape")
+            rest = [s for s in sources if s not in self.pairs]
+            taken = {t for t, _ in self.pairs.values()}
+            open_ = [t for t in targets if t not in taken]
+            if len(sources) == len(targets) > 1 and len(rest) == len(open_) == 1:
+                s, t = rest[0], open_[0]
+                if says[s] <= {t} and claimed[t] <= {s}:
+                    self.accept(s, t, "elimination")
+
+    def order_vote(
+        self, s: str, t: str, source_class: Mapping[str, Hashable], target_class: Mapping[str, Hashable]
+    ) -> list[str]:
+        """["order"] where they have the same place in their class."""
+        if "no" in (self.source.ordered, self.target.ordered):
+            return []
+        sources = [name for name, one in source_class.items() if one == source_class[s]]
+        targets = [name for name, one in target_class.items() if one == target_class[t]]
+        return ["order"] if len(sources) == len(targets) and sources.index(s) == targets.index(t) else []
+
+    def in_order(self, pairs: Sequence[tuple[str, str]]) -> bool:
+        """Whether layers of one kind come in the same order on both sides, where both have one."""
+        if "no" in (self.source.ordered, self.target.ordered):
+            return True
+        by_kind: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for s, t in pairs:
+            by_kind[self.source[s].kind].append((self.source[s].order, self.target[t].order))
+        return all([b for _, b in sorted(places)] == sorted(b for _, b in places) for places in by_kind.values())
+
+    def batch_norms(self) -> None:
+        """A batch norm goes with the layer that it belongs to; the rest by votes of their own."""
+        owners: dict[str, list[Unit]] = defaultdict(list)
+        for unit in self.target.units:
+            if unit.kind == "batch norm" and unit.owner is not None:
+                owners[unit.owner].append(unit)
+        mine: dict[str, list[Unit]] = defaultdict(list)
+        for unit in self.free(self.source, ["batch norm"]):
+            if unit.owner is not None and unit.owner in self.pairs:
+                mine[unit.owner].append(unit)
+        before = _Search(self.source, self.target, {}, dict(self.pairs))
+        before.by_votes(["batch norm"], _strict)
+        voted = {s: t for s, (t, _) in before.pairs.items() if s not in self.pairs}
+        back = {t: s for s, t in voted.items()}
+        for owner, units in mine.items():
+            theirs = owners.get(self.pairs[owner][0], [])
+            if len(units) != 1 or len(theirs) != 1 or units[0].channels != theirs[0].channels:
+                continue
+            s, t = units[0], theirs[0]
+            if voted.get(s.name, t.name) != t.name or back.get(t.name, s.name) != s.name:
+                continue  # the names say otherwise
+            if s.certain_owner or t.certain_owner or s.name in voted:
+                self.accept(s.name, t.name, "owner", *(before.pairs[s.name][1] if s.name in voted else ()))
+        taken = {t for t, _ in self.pairs.values()}
+        opposed = {
+            s for s, t in voted.items()
+            if (u := self.source[s]).owner in self.pairs and u.certain_owner and self.target[t].certain_owner
+            and self.pairs[str(u.owner)][0] != self.target[t].owner
+        }  # fmt: skip
+        for s, t in voted.items():
+            if s not in self.pairs and t not in taken and s not in opposed:
+                self.accept(s, t, *before.pairs[s][1])
+
+    def kernels_of_batch_norms(self) -> None:
+        """A layer that nothing else tells goes with its batch norm, where that was matched for a reason of its own."""
+        owned = {u.name: u.owner for u in self.target.units if u.kind == "batch norm" and u.certain_owner}
+        free = {u.name: u for u in self.free(self.target, KERNELS)}
+        for unit in self.source.units:
+            if unit.kind != "batch norm" or unit.name not in self.pairs or not unit.certain_owner:
+                continue
+            goal = owned.get(self.pairs[unit.name][0])
+            owner = str(unit.owner)
+            if goal in free and owner not in self.pairs and _loose(self.source[owner]) == _loose(free[str(goal)]):
+                self.accept(owner, str(goal), "owner")
+
+    def undecided(self) -> list[Ambiguous]:
+        """Classes with members free on both sides."""
+        result = []
+        froms, tos = self.free(self.source), self.free(self.target)
+        classes = _classes({u.name: _loose(u) for u in froms}, {u.name: _loose(u) for u in tos})
+        for key, (sources, targets) in classes.items():
+            if sources and targets:
+                ordered = "no" not in (self.source.ordered, self.target.ordered) and len(sources) == len(targets)
+                result.append(
+                    Ambiguous(
+                        tuple(sources), tuple(targets),
+                        f"{len(sources)} and {len(targets)} layers alike {key}: neither names nor shapes tell which is"
+                        " which; say it in a rules file, or let a run decide",
+                        tuple(zip(sources, targets, strict=True)) if ordered else (),
+                    )
+                )  # fmt: skip
+        return result
+
+
+Key = Callable[[Unit], Hashable]
+
+
+def _strict(unit: Unit) -> Hashable:
+    """Kind and shape."""
+    return ("conv" if unit.kind == "depthwise" else unit.kind, unit.shape)
+
+
+def _loose(unit: Unit) -> Hashable:
+    """Shape, a 1x1 convolution being a dense layer."""
+    if unit.kind in ("conv", "depthwise", "dense"):
+        return ("conv or dense", _squeezed(unit.shape))
+    return (unit.kind, unit.shape)
+
+
+KERNELS_AND_NORMS = (*KERNELS, "norm")
+
+
+def _classes(
+    source: Mapping[str, Hashable], target: Mapping[str, Hashable]
+) -> dict[Hashable, tuple[list[str], list[str]]]:
+    """For each class its members on both sides, in order."""
+    found: dict[Hashable, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for name, key in source.items():
+        found[key][0].append(name)
+    for name, key in target.items():
+        found[key][1].append(name)
+    return found
