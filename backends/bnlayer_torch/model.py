@@ -1,4 +1,5 @@
-"""The batch norms inside of a torch model: listed, exchanged for ours or for torch.nn's, frozen. Imports no torch."""
+"""The batch norms inside of a torch model: listed, exchanged for ours or for torch.nn's, frozen; and the model
+as a whole: read, written, run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,11 +7,15 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bnlayer.contract import Kind, LayerRecord, Part
+from bnlayer.contract import Kind, LayerRecord, NDArray, Part, Run
+from bnlayer.dialects import complement
 from bnlayer.errors import UnsupportedError
+from bnlayer.spec import BatchNormSpec
 
 if TYPE_CHECKING:
     from torch.nn import Module
+
+    from bnlayer.checkpoint import Checkpoint
 
 
 class TorchModels:
@@ -77,6 +82,41 @@ class TorchModels:
                     if frozen:
                         parameter.grad = None
         return model
+
+    def read(self, model: Module) -> Checkpoint:
+        """Copies of the model's tensors by the state_dict's keys, in its order."""
+        from .reading import read
+
+        return read(model)
+
+    def write(self, model: Module, checkpoint: Checkpoint) -> Module:
+        """The model with its tensors from a checkpoint, in its own dtypes and on its own devices.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or does not fit; the model is as it was.
+        """
+        from .reading import write
+
+        return write(model, checkpoint)
+
+    def configure(self, model: Module, specs: Mapping[str, BatchNormSpec]) -> Module:
+        """The model, its batch norms' `eps` and `momentum` changed in place."""
+        found = dict(model.named_modules())
+        layers: list[Any] = [found[name] for name in specs]
+        for layer, spec in zip(layers, specs.values(), strict=True):
+            layer.eps = spec.epsilon
+            layer.momentum = None if isinstance(spec.decay, str) else complement(spec.decay)
+        return model
+
+    def run(self, model: Module, x: NDArray, *, training: bool, capture: bool = False) -> Run:
+        """One pass with the channels on axis 1, for inputs and outputs of rank 3 and more, on the model's device.
+
+        Raises:
+            UnsupportedError: the model returns no tensor.
+        """
+        from .running import run
+
+        return run(model, x, training=training, capture=capture)
 
 
 ADAPTER = TorchModels()

@@ -11,7 +11,7 @@ from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, array_names
 
 # torch's names for what it has; the averages that it does not have are called as in a state.
-_TORCH_NAMES: Final = {
+TORCH_NAMES: Final = {
     "gamma": "weight",
     "beta": "bias",
     "moving_mean": "running_mean",
@@ -22,7 +22,7 @@ EXTRA_BUFFERS: Final = ("hidden_mean", "hidden_variance", "renorm_mean", "renorm
 
 def tensors_of(module: Any, spec: BatchNormSpec) -> dict[str, Tensor | None]:
     """The module's tensors by the state's names; None for one that the spec needs and the module does not have."""
-    return {name: getattr(module, _TORCH_NAMES.get(name, name), None) for name in array_names(spec)}
+    return {name: getattr(module, TORCH_NAMES.get(name, name), None) for name in array_names(spec)}
 
 
 def held(state: BatchNormState[Tensor], name: str) -> Tensor:
