@@ -1,4 +1,4 @@
-"""The batch norms of a live Flax NNX model. Importing this module imports no Flax."""
+"""Live Flax NNX models: their batch norms, and they as checkpoints (`nnx_io`). Importing this module imports no Flax."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bnlayer.contract import Kind, LayerRecord, Part
+from bnlayer.contract import Kind, LayerRecord, NDArray, Part, Run
 from bnlayer.errors import BatchNormError, UnsupportedError
 
 if TYPE_CHECKING:
     from flax import nnx
+
+    from bnlayer.checkpoint import Checkpoint
+    from bnlayer.spec import BatchNormSpec
 
 Rebuild = Callable[[Any], Any]  # what may stand in a layer's place
 
@@ -78,6 +81,45 @@ class NnxModels:
         for record in chosen:
             setattr(record.layer, f"frozen_{part}", frozen)
         return model
+
+    def read(self, model: nnx.Module) -> Checkpoint:
+        """Named as `nnx.to_pure_dict(nnx.state(model))` is in a file, without the states of random numbers.
+
+        The order is that of the attributes, which `nnx.jit` and `nnx.update` sort (`order_is_meaningful` is False
+        then).
+        """
+        from .nnx_io import read
+
+        return read(model, _paths(model))
+
+    def write(self, model: nnx.Module, checkpoint: Checkpoint) -> nnx.Module:
+        from .nnx_io import write
+
+        write(model, checkpoint)
+        return model
+
+    def configure(self, model: nnx.Module, specs: Mapping[str, BatchNormSpec]) -> nnx.Module:
+        from .nnx_io import configure
+
+        chosen = [record for record in self.batch_norms(model) if record.name in specs]
+        for apply in [configure(record.layer, record.name, specs[record.name]) for record in chosen]:
+            apply()
+        return model
+
+    def run(self, model: nnx.Module, x: NDArray, *, training: bool, capture: bool = False) -> Run:
+        """`model(x)`, with arguments such as `train` and `deterministic` where the model takes them.
+
+        A batch norm that is only called inside of a function that JAX transforms (`nnx.scan`, `nnx.jit`) is in
+        `calls`, and its arrays are not captured.
+        """
+        from .nnx_io import run
+
+        return run(model, x, _paths(model), training=training, capture=capture)
+
+
+def _paths(model: nnx.Module) -> dict[int, str]:
+    """The name of every module, by its id."""
+    return {id(node): ".".join(path) for path, node in _held(model, ())}
 
 
 def _kind(layer: nnx.BatchNorm) -> Kind:
