@@ -41,6 +41,12 @@ class Place:
     own: nn.BatchNorm
     layer: nn.BatchNorm
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The epsilon and momentum that `layer` has and `own` has not."""
+        words = ("epsilon", "momentum")
+        return {word: value for word in words if (value := getattr(self.layer, word)) != getattr(self.own, word)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Places:
@@ -52,9 +58,9 @@ class Places:
         """Of what is always hashable: a layer's `axis` may be a list."""
         return hash(tuple((place.path, place.channels) for place in self.every))
 
-    def at(self, path: Path) -> nn.BatchNorm | None:
+    def at(self, path: Path) -> Place | None:
         """What runs at this path; None where nothing was put."""
-        return next((place.layer for place in self.every if place.path == path), None)
+        return next((place for place in self.every if place.path == path), None)
 
 
 class Converted(nn.Module):
@@ -113,16 +119,31 @@ class Converted(nn.Module):
             module = context.module
             if context.method_name != "__call__" or not isinstance(module, nn.BatchNorm):
                 return run(*args, **kwargs)
-            layer = self.places.at(module.path[len(root) :])
-            if isinstance(layer, BatchNorm):
-                return call_on(module, layer, *args, **kwargs)
-            if layer is not None and isinstance(module, BatchNorm):
-                # Without Flax's wrapper, whose work is done, and which would come here again.
-                return inspect.unwrap(nn.BatchNorm.__call__)(module, *args, **kwargs)
-            return run(*args, **kwargs)
+            place = self.places.at(module.path[len(root) :])
+            layer = None if place is None else place.layer
+            with _fields_set(module, {} if place is None else place.changed):
+                if isinstance(layer, BatchNorm):
+                    return call_on(module, layer, *args, **kwargs)
+                if layer is not None and isinstance(module, BatchNorm):
+                    # Without Flax's wrapper, whose work is done, and which would come here again.
+                    return inspect.unwrap(nn.BatchNorm.__call__)(module, *args, **kwargs)
+                return run(*args, **kwargs)
 
         with nn.intercept_methods(intercept), _layers_of_this_trace((root, self.places)):
             yield
+
+
+@contextmanager
+def _fields_set(module: nn.Module, fields: Mapping[str, Any]) -> Iterator[None]:
+    """A bound module with other fields for one call: it is frozen to its users, and its call asks for them."""
+    before = {name: getattr(module, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            object.__setattr__(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)
 
 
 class _Key:
@@ -147,6 +168,19 @@ def found_by_calling(module: nn.Module, variables: Mapping[str, Any], inputs: In
             found[layer.path] = Place(layer.path, _channels(layer, x), free, free)
         return run(*args, **kwargs)
 
+    traced(module, variables, inputs, record)
+    return found
+
+
+def traced(module: nn.Module, variables: Mapping[str, Any], inputs: Inputs, interceptor: Callable[..., Any]) -> None:
+    """Trace one call of the model, every method of its modules by way of `interceptor`. Nothing is computed.
+
+    Args:
+        module: the model.
+        variables: its variables.
+        inputs: of the call; arrays or their shapes.
+        interceptor: as of `flax.linen.intercept_methods`.
+    """
     leaves, tree = jax.tree.flatten((inputs.args, inputs.kwargs))
     shaped = [index for index, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
@@ -155,10 +189,16 @@ def found_by_calling(module: nn.Module, variables: Mapping[str, Any], inputs: In
         args, kwargs = jax.tree.unflatten(tree, [given.get(index, leaf) for index, leaf in enumerate(leaves)])
         return module.apply(variables, *args, mutable=True, rngs=inputs.rngs, method=inputs.method, **kwargs)
 
-    # A key of its own: what nn.jit has compiled before would not be traced again.
-    with nn.intercept_methods(record), _layers_of_this_trace(_Key()):
+    with intercepted_calls(interceptor):
         jax.eval_shape(call, variables, [leaves[index] for index in shaped])
-    return found
+
+
+@contextmanager
+def intercepted_calls(interceptor: Callable[..., Any]) -> Iterator[None]:
+    """`flax.linen.intercept_methods`, inside of what `nn.jit` has compiled before too: a key of its own makes it be
+    traced again."""
+    with nn.intercept_methods(interceptor), _layers_of_this_trace(_Key()):
+        yield
 
 
 def found_by_name(module: nn.Module, variables: Mapping[str, Any]) -> dict[Path, Place | None]:
@@ -169,15 +209,21 @@ def found_by_name(module: nn.Module, variables: Mapping[str, Any]) -> dict[Path,
     found: dict[Path, Place | None] = {}
     bound = module.bind(variables)
     for path, channels in _scopes(variables.get("batch_stats", {})):
-        layer: Any = bound
-        for name in path:
-            layer = _attribute(layer, name)
+        layer = attribute_at(bound, path)
         if isinstance(layer, nn.BatchNorm):
             free = layer.clone(parent=None, name=None)
             found[path] = Place(path, channels, free, free)
         else:
             found[path] = None
     return found
+
+
+def attribute_at(bound: nn.Module, path: Path) -> Any:
+    """What `setup` or a field puts at this path of a bound module; None if neither does."""
+    layer: Any = bound
+    for name in path:
+        layer = _attribute(layer, name)
+    return layer
 
 
 def _scopes(collection: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, int]]:

@@ -1,4 +1,4 @@
-"""The batch norms of a Flax Linen model. Importing this module imports no Flax."""
+"""Live Flax Linen models: their batch norms, and they as checkpoints (`linen_io`). Importing this module imports no Flax."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bnlayer.contract import Kind, LayerRecord, Part
+from bnlayer.contract import Kind, LayerRecord, NDArray, Part, Run
 from bnlayer.errors import BatchNormError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
+    from bnlayer.checkpoint import Checkpoint
+    from bnlayer.spec import BatchNormSpec
+
     from .linen_models import Path, Place
 
 
@@ -81,6 +84,53 @@ class LinenModels:
             )
         changed = {record.name: record.layer.clone(**{f"frozen_{part}": frozen}) for record in chosen}
         return self.replace(model, changed)
+
+    def read(self, model: Any) -> Checkpoint:
+        """Named as Flax's msgpack of the variables is; layer by layer, not collection by collection.
+
+        With inputs the order is that of the calls, and all layers are known by class. Without, it is that of the
+        variables, which JAX sorts on most ways (`order_is_meaningful` is False then), and the layers that `@compact`
+        methods make are left out of `layers`.
+        """
+        from .linen_io import read
+
+        return read(*_parts(model), _places(model))
+
+    def write(self, model: Any, checkpoint: Checkpoint) -> Any:
+        from .linen_io import write
+
+        module, variables, *inputs = model
+        return (module, write(variables, checkpoint), *inputs)
+
+    def configure(self, model: Any, specs: Mapping[str, BatchNormSpec]) -> Any:
+        """The module wraps the given one where something differs, as that of `replace` does."""
+        from .model_io import refuse_cumulative
+
+        changed = {}
+        for path, place in _places(model).items():
+            name = "/".join(path)
+            if name not in specs:
+                continue
+            if place is None:
+                raise UnsupportedError(
+                    f"{name}: a @compact method of the model makes it, with its epsilon and momentum. Give (module,"
+                    " variables, inputs), with the inputs of a call that calls it."
+                )
+            refuse_cumulative(name, place.layer.momentum, specs[name])
+            changed[name] = place.layer.clone(epsilon=specs[name].epsilon, momentum=specs[name].decay)
+        return self.replace(model, changed)
+
+    def run(self, model: Any, x: NDArray, *, training: bool, capture: bool = False) -> Run:
+        """`module.apply(variables, x)`; with inputs, their call with x as its first array.
+
+        Dropout layers pass on what they are given. Batch norms under `nn.scan` or `nn.vmap` are in `calls`, and their
+        arrays are not captured.
+        """
+        from .linen_io import run
+
+        module, variables, inputs = _parts(model)
+        after, done = run(module, variables, inputs, x, training=training, capture=capture)
+        return dataclasses.replace(done, model=(module, after, *model[2:]))
 
 
 def _parts(model: Any) -> tuple[Any, Mapping[str, Any], Inputs | None]:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from bnlayer.checkpoint import Checkpoint, Layer
+from bnlayer.checkpoint import Checkpoint
 from bnlayer.contract import Run
 from bnlayer.spec import BatchNormSpec
 
