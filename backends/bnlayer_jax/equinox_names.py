@@ -50,23 +50,15 @@ def equinox_template(model: Any, state: eqx.nn.State | None = None) -> Checkpoin
     Raises:
         ValueError: two leaves have the same name, as under dict keys with dots in them.
     """
-    tree = model if state is None else (model, state)
-    unnamed = 0 if state is None else 1  # the pair's own key
-    indices: dict[Any, str] = {}
     layers: list[Layer] = []
-    for path, node in _flat(tree, (eqx.nn.BatchNorm, eqx.nn.StateIndex)):
-        name = _name(path[unnamed:])
-        if isinstance(node, eqx.nn.StateIndex):
-            indices[node.marker] = name
-        elif isinstance(node, eqx.nn.BatchNorm):
-            held = {field: getattr(node, field) for field in _STATE if getattr(node, field) is not None}
-            indices.update({index.marker: _under(name, field) for field, index in held.items()})
-            names = [leaf for leaf in ("weight", "bias") if getattr(node, leaf) is not None]
-            names += [leaf for field in held for leaf in _STATE[field]]
-            settings = {"dialect": "equinox", "eps": node.eps, "momentum": node.momentum}
-            layers.append(Layer(name, "equinox.nn.BatchNorm", {leaf: _under(name, leaf) for leaf in names}, settings))
+    for name, node in _batch_norms(model, state):
+        held = [field for field in _STATE if getattr(node, field) is not None]
+        names = [leaf for leaf in ("weight", "bias") if getattr(node, leaf) is not None]
+        names += [leaf for field in held for leaf in _STATE[field]]
+        settings = {"dialect": "equinox", "eps": node.eps, "momentum": node.momentum}
+        layers.append(Layer(name, "equinox.nn.BatchNorm", {leaf: _under(name, leaf) for leaf in names}, settings))
     tensors: dict[str, Tensor] = {}
-    for name, leaf in _leaves(tree, unnamed, indices):
+    for name, leaf in leaf_names(model, state):
         tensor = _tensor(leaf)
         if tensor is None:
             continue
@@ -75,6 +67,33 @@ def equinox_template(model: Any, state: eqx.nn.State | None = None) -> Checkpoin
         tensors[name] = tensor
     kept = tuple(layer for layer in layers if all(name in tensors for name in layer.tensors.values()))
     return Checkpoint("equinox", tensors, order_is_meaningful=True, layers=kept)
+
+
+def leaf_names(model: Any, state: eqx.nn.State | None = None) -> Iterator[tuple[str, Any]]:
+    """Every leaf of a tree with the name that `equinox_template` gives it, those too that it leaves out; in JAX's
+    order."""
+    tree, unnamed = _tree(model, state)
+    indices: dict[Any, str] = {}
+    for path, node in _flat(tree, (eqx.nn.BatchNorm, eqx.nn.StateIndex)):
+        name = _name(path[unnamed:])
+        if isinstance(node, eqx.nn.StateIndex):
+            indices[node.marker] = name
+        elif isinstance(node, eqx.nn.BatchNorm):
+            held = {field: getattr(node, field) for field in _STATE if getattr(node, field) is not None}
+            indices.update({index.marker: _under(name, field) for field, index in held.items()})
+    yield from _leaves(tree, unnamed, indices)
+
+
+def _batch_norms(model: Any, state: eqx.nn.State | None) -> Iterator[tuple[str, eqx.nn.BatchNorm]]:
+    tree, unnamed = _tree(model, state)
+    for path, node in _flat(tree, (eqx.nn.BatchNorm,)):
+        if isinstance(node, eqx.nn.BatchNorm):
+            yield _name(path[unnamed:]), node
+
+
+def _tree(model: Any, state: eqx.nn.State | None) -> tuple[Any, int]:
+    """What is written, and how many keys of its paths stand for no name: the pair's own."""
+    return (model, 0) if state is None else ((model, state), 1)
 
 
 def _flat(tree: Any, stop: tuple[type, ...]) -> list[tuple[tuple[Any, ...], Any]]:

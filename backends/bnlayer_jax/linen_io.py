@@ -176,7 +176,7 @@ def _named(variables: Variables) -> dict[str, tuple[str, ...]]:
 
 
 def _scopes_in_order(variables: Variables, scopes: Mapping[Path, Any]) -> list[Path]:
-    """Layer by layer: the order of the parameters, with the scopes that have none where their own collection has them."""
+    """Layer by layer: in the order of the parameters; scopes without any stand where their own collection has them."""
     order: list[Path] = []
     for collection in in_order(variables, ["params"]):
         at = 0

@@ -1,13 +1,18 @@
-"""The batch norms of a live Equinox model. Importing this module imports no Equinox."""
+"""Live Equinox models: their batch norms, and they as checkpoints (`equinox_io`). Imports no Equinox."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bnlayer.contract import Kind, LayerRecord, Part
+from bnlayer.contract import Kind, LayerRecord, NDArray, Part, Run
 from bnlayer.errors import BatchNormError, UnsupportedError
+
+if TYPE_CHECKING:
+    from bnlayer.checkpoint import Checkpoint
+    from bnlayer.spec import BatchNormSpec
 
 
 class EquinoxModels:
@@ -76,6 +81,51 @@ class EquinoxModels:
             )
         changed = {r.name: with_fields(r.layer, type(r.layer), **{f"frozen_{part}": frozen}) for r in chosen}
         return self.replace(model, changed)
+
+    def read(self, model: Any) -> Checkpoint:
+        """Named as `bnlayer_jax.equinox_template` names an `.eqx` file's arrays, and in its order: the fields', with
+        the state behind them.
+
+        `metadata["numbers"]` are the names of those that are Python numbers in the module, such as flags.
+        """
+        from .equinox_io import read
+
+        return read(*_parts(model))
+
+    def write(self, model: Any, checkpoint: Checkpoint) -> Any:
+        """The state, its counters and flags too."""
+        from .equinox_io import write
+
+        module, state = write(*_parts(model), checkpoint)
+        return (module, state) if isinstance(model, tuple) else module
+
+    def configure(self, model: Any, specs: Mapping[str, BatchNormSpec]) -> Any:
+        from .equinox import with_fields
+        from .model_io import refuse_cumulative
+
+        changed = {}
+        for record in self.batch_norms(model):
+            if record.name in specs:
+                spec, layer = specs[record.name], record.layer
+                refuse_cumulative(record.name, layer.momentum, spec)
+                changed[record.name] = with_fields(layer, type(layer), eps=spec.epsilon, momentum=spec.decay)
+        return self.replace(model, changed)
+
+    def run(self, model: Any, x: NDArray, *, training: bool, capture: bool = False) -> Run:
+        """`model(x)` or `model(x, state)`, each also with `key`, of one example under vmap.
+
+        Raises:
+            UnsupportedError: the batch norms' axes have different names, or the call asks for other arguments.
+        """
+        from .equinox_io import run
+
+        module, state = _parts(model)
+        after, done = run(module, state, x, training=training, capture=capture)
+        return dataclasses.replace(done, model=(module, after) if isinstance(model, tuple) else model)
+
+
+def _parts(model: Any) -> tuple[Any, Any]:
+    return model if isinstance(model, tuple) else (model, None)
 
 
 def _is_batch_norm(node: Any) -> bool:

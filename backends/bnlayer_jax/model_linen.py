@@ -1,4 +1,4 @@
-"""Live Flax Linen models: their batch norms, and they as checkpoints (`linen_io`). Importing this module imports no Flax."""
+"""Live Flax Linen models: their batch norms, and they as checkpoints (`linen_io`). Imports no Flax."""
 
 from __future__ import annotations
 

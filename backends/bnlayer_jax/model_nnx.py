@@ -1,4 +1,4 @@
-"""Live Flax NNX models: their batch norms, and they as checkpoints (`nnx_io`). Importing this module imports no Flax."""
+"""Live Flax NNX models: their batch norms, and they as checkpoints (`nnx_io`). Imports no Flax."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def _from_layer(layer: Layer) -> Candidate | Unclear:
     settings = {key: value for key, value in layer.settings.items() if key != "dialect"}
     if dialect == "equinox":
         (named,) = naming.equinox(layer.tensors.values())
-        return named if isinstance(named, Unclear) else replace(named, settings=settings)
+        return named if isinstance(named, Unclear) else replace(named, name=layer.name, settings=settings)
     return Candidate(layer.name, dialect, dict(layer.tensors), settings=settings)
 
 
