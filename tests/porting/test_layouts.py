@@ -1,7 +1,7 @@
 """Each framework's own layer, loaded with the kernel that the layouts give it, computes what torch computes.
 
-Kernels and inputs are small integers: every sum is exact in float32, in whatever order it is taken, so outputs are equal
-bit by bit.
+Kernels and inputs are small integers: every sum is exact in float32, in whatever order it is taken, so outputs are
+equal bit by bit.
 """
 
 from __future__ import annotations
