@@ -124,8 +124,9 @@ class _Search:
                 continue
             unique = len(sources) == len(targets) == 1
             for s in sources:
-                (t,) = says[s] if len(says[s]) == 1 else (None,)
-                if t is not None and claimed[t] == {s}:
+                told_by_names = next(iter(says[s])) if len(says[s]) == 1 else None
+                if told_by_names is not None and claimed[told_by_names] == {s}:
+                    t = told_by_names
                     self.accept(
                         s,
                         t,
@@ -191,9 +192,9 @@ class _Search:
             if (u := self.source[s]).owner in self.pairs and u.certain_owner and self.target[t].certain_owner
             and self.pairs[str(u.owner)][0] != self.target[t].owner
         }  # fmt: skip
-        for s, t in voted.items():
-            if s not in self.pairs and t not in taken and s not in opposed:
-                self.accept(s, t, *before.pairs[s][1])
+        for name, goal in voted.items():
+            if name not in self.pairs and goal not in taken and name not in opposed:
+                self.accept(name, goal, *before.pairs[name][1])
 
     def kernels_of_batch_norms(self) -> None:
         """A layer that nothing else tells goes with its batch norm, where that was matched for a reason of its own."""

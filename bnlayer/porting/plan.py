@@ -230,16 +230,16 @@ def _tell(plan: Plan, given: Rules, left_out: set[str], kept: set[str]) -> None:
     for side, units, patterns in (
         ("source", plan.source, given.ignored_source), ("template", plan.target, given.ignored_target)
     ):  # fmt: skip
-        for one in units.strange:
-            if one.harmless:
+        for odd in units.strange:
+            if odd.harmless:
                 if side == "source":
-                    report.add("warnings", "left behind: no weights of the model", *one.tensors)
-            elif rules.ignored(patterns, one.name):
-                report.add("not_carried", f"ignored, as the rules say: {one.reason}", one.name)
+                    report.add("warnings", "left behind: no weights of the model", *odd.tensors)
+            elif rules.ignored(patterns, odd.name):
+                report.add("not_carried", f"ignored, as the rules say: {odd.reason}", odd.name)
             elif not only:
-                refuse(f"{one.name} of the {side} is not understood: {one.reason}")
+                refuse(f"{odd.name} of the {side} is not understood: {odd.reason}")
                 if side == "source":
-                    report.add("not_carried", f"not understood: {one.reason}", one.name)
+                    report.add("not_carried", f"not understood: {odd.reason}", odd.name)
     for name in sorted(left_out):
         report.add("not_carried", "ignored, as the rules say", name)
     for name in sorted(kept):

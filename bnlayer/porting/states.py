@@ -25,7 +25,7 @@ def settled(decay: float) -> int:
     steps = math.ceil(64 * math.log(2) / -math.log(decay)) if decay < 1 else _LAST + 1
     if steps > _LAST:
         raise CheckpointError(
-            f"a decay of {decay} needs more updates than a counter holds until a zero-debiased average is the plain one."
+            f"a decay of {decay} needs more updates than a counter holds, until a zero-debiased average is plain."
         )
     return steps
 
@@ -102,13 +102,12 @@ def _hidden(
     if target.convention == "equinox.batch":
         left = decay**counter  # Equinox's hidden variance starts at 1
         mean, variance = hidden["hidden_mean"], hidden["hidden_variance"]
-        assert variance is not None
+        assert mean is not None and variance is not None
         if counter == 0:
             mean, variance = arrays["moving_mean"], arrays["moving_variance"]
         elif left > 0:
             variance = (variance.astype(np.float64) + left).astype(variance.dtype)
-        rest = {role: arrays[role] for role in ("gamma", "beta") if role in arrays}
-        return {**rest, "moving_mean": mean, "moving_variance": variance}, counter
+        return {**arrays, "moving_mean": mean, "moving_variance": variance}, counter
     return {**arrays, **{role: a for role, a in hidden.items() if role in parts and a is not None}}, counter
 
 

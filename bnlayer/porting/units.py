@@ -250,7 +250,7 @@ def _from_layer(
     if not tensors or tensors.keys() != layer.tensors.keys():
         return None
     last = layer.kind.rsplit(".", 1)[-1].rsplit(">", 1)[-1]
-    kind: Kind | None = next((k for k in (*KERNELS, "norm") if k == layer.kind), None)  # type: ignore[misc]
+    kind: Kind | None = next((k for k in (*KERNELS, "norm") if k == layer.kind), None)
     if kind is None and "." in layer.kind:
         kind = next((k for pattern, k in _CLASSES if re.fullmatch(pattern, last)), None)
         words = ("gamma", "beta") if kind == "norm" else ("kernel", "bias")
