@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from bnlayer.contract import NDArray
@@ -32,6 +33,14 @@ def dtypes(spec: BatchNormSpec) -> set[str]:
 def numpy(variable: Any) -> NDArray:
     """A copy of a Keras variable; bfloat16 may come as float32."""
     return np.array(runtime.load_keras().ops.convert_to_numpy(variable.value))
+
+
+def to_array(tensor: Any) -> NDArray:
+    """A copy of a tensor or a variable, in its own dtype."""
+    keras = runtime.load_keras()
+    array = np.array(keras.ops.convert_to_numpy(tensor))
+    half = keras.backend.standardize_dtype(tensor.dtype) == "bfloat16"  # which may come as float32
+    return array.astype(ml_dtypes.bfloat16) if half else array
 
 
 def on(device: Any) -> AbstractContextManager[Any]:

@@ -1,16 +1,22 @@
-"""The batch norms inside of a Keras model: listed, exchanged for ours or for Keras's, frozen. Imports no Keras."""
+"""The batch norms inside of a Keras model: listed, exchanged for ours or for Keras's, frozen; and the model as a
+whole: read, written, run. Imports no Keras."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from bnlayer.contract import Kind, LayerRecord, Part
+from bnlayer.contract import Kind, LayerRecord, NDArray, Part, Run
 from bnlayer.errors import UnsupportedError
+from bnlayer.spec import BatchNormSpec
+
+from .inside import holders, named_batch_norms
 
 if TYPE_CHECKING:
     import keras
+
+    from bnlayer.checkpoint import Checkpoint
 
 
 class KerasModels:
@@ -18,7 +24,7 @@ class KerasModels:
 
     name = "keras"
 
-    def owns(self, model: Any) -> bool:
+    def owns(self, model: object) -> bool:
         """Whether it is a Keras layer, as every Keras model is."""
         keras = sys.modules.get("keras")
         return keras is not None and isinstance(model, keras.layers.Layer)
@@ -30,7 +36,7 @@ class KerasModels:
         """
         from .exchange import record
 
-        return [record(name, layer) for name, layer in _named(model).items()]
+        return [record(name, layer) for name, layer in named_batch_norms(model).items()]
 
     def counterpart(self, record: LayerRecord, to: Kind) -> keras.layers.Layer:
         """The other kind's layer over the very same variables, with the same name and flags; the record's stays."""
@@ -46,11 +52,11 @@ class KerasModels:
         """
         from .graft import graft
 
-        found = _named(model)
+        found = named_batch_norms(model)
         new = {id(found[name]): layer for name, layer in layers.items()}
         if id(model) in new:
             return new[id(model)]
-        graft(list(_holders(model)), [(found[name], layer) for name, layer in layers.items()])
+        graft(list(holders(model)), [(found[name], layer) for name, layer in layers.items()])
         return model
 
     def freeze(self, model: keras.layers.Layer, names: Collection[str], frozen: bool, part: Part) -> keras.layers.Layer:
@@ -63,7 +69,7 @@ class KerasModels:
         from .graft import forget_compiled_steps
         from .layer import BatchNormalization
 
-        layers = {name: layer for name, layer in _named(model).items() if name in names}
+        layers = {name: layer for name, layer in named_batch_norms(model).items() if name in names}
         if part == "statistics":
             for name, layer in layers.items():
                 if not isinstance(layer, BatchNormalization):
@@ -85,54 +91,62 @@ class KerasModels:
                 for variable in (layer.gamma, layer.beta):
                     if variable is not None:
                         variable.trainable = not frozen
-        forget_compiled_steps(_holders(model))
+        forget_compiled_steps(holders(model))
         return model
 
+    def read(self, model: keras.layers.Layer) -> Checkpoint:
+        """Copies of what `model.save_weights` would write, under its paths, layer by layer.
 
-def _named(model: Any) -> dict[str, Any]:
-    """Every batch norm once, by its first name, in the order in which the model holds them."""
-    keras = sys.modules["keras"]
-    named: dict[str, Any] = {}
-    seen: set[int] = set()
+        Raises:
+            CheckpointError: the model is not built.
+        """
+        from .reading import read
 
-    def visit(layer: Any, path: tuple[str, ...]) -> None:
-        if id(layer) in seen:
-            return
-        seen.add(id(layer))
-        if isinstance(layer, keras.layers.BatchNormalization):
-            name = first = "/".join(path) or layer.name
-            count = 1
-            while name in named:
-                count += 1
-                name = f"{first}#{count}"
-            named[name] = layer
-        for child in _children(layer):
-            visit(child, (*path, child.name))
+        return read(model)
 
-    visit(model, ())
-    return named
+    def write(self, model: keras.layers.Layer, checkpoint: Checkpoint) -> keras.layers.Layer:
+        """The model with its tensors from a checkpoint, in its own dtypes.
 
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or does not fit; the model is as it was.
+        """
+        from .reading import write
 
-def _holders(model: Any) -> Iterator[Any]:
-    """The model and every layer in it that holds layers, once each."""
-    seen: set[int] = set()
-    waiting = [model]
-    while waiting:
-        layer = waiting.pop()
-        if id(layer) in seen:
-            continue
-        seen.add(id(layer))
-        children = _children(layer)
-        waiting.extend(children)
-        if children or layer is model:
-            yield layer
-            # What a sequential model computes with is a functional one that it keeps to itself.
-            if getattr(layer, "_functional", None) is not None:
-                waiting.append(layer._functional)
+        written: keras.layers.Layer = write(model, checkpoint)
+        return written
 
+    def configure(self, model: keras.layers.Layer, specs: Mapping[str, BatchNormSpec]) -> keras.layers.Layer:
+        """The model, its batch norms' `epsilon` and `momentum` changed in place; its compiled steps are made anew.
 
-def _children(layer: Any) -> list[Any]:
-    return list(layer._flatten_layers(include_self=False, recursive=False))
+        Raises:
+            UnsupportedError: the cumulative average is wanted of Keras's own layer; nothing is changed.
+        """
+        from .graft import forget_compiled_steps
+        from .layer import BatchNormalization
+
+        found = named_batch_norms(model)
+        layers = [(found[name], name, spec) for name, spec in specs.items()]
+        for layer, name, spec in layers:
+            if spec.decay == "cumulative" and not isinstance(layer, BatchNormalization):
+                raise UnsupportedError(f"{name}: Keras's own layer has no cumulative average; convert the model.")
+        for layer, _, spec in layers:
+            layer.epsilon = spec.epsilon
+            if isinstance(layer, BatchNormalization):
+                layer.cumulative = spec.decay == "cumulative"
+            if spec.decay != "cumulative":
+                layer.momentum = spec.decay
+        forget_compiled_steps(holders(model))
+        return model
+
+    def run(self, model: keras.layers.Layer, x: NDArray, *, training: bool, capture: bool = False) -> Run:
+        """One pass, for inputs of rank 3 and more with the channels where the model's layers have them.
+
+        Raises:
+            UnsupportedError: the model returns no tensor.
+        """
+        from .running import run
+
+        return run(model, x, training=training, capture=capture)
 
 
 ADAPTER = KerasModels()

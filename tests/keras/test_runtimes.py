@@ -33,7 +33,7 @@ def run(*arguments, **environment):
 def test_keras_on(runtime):
     if runtime not in INSTALLED:
         pytest.skip(f"{runtime} is not installed: pip install 'bnlayer[keras,{runtime}]'")
-    files = ("runtime_cases.py", "drop_in_cases.py", "model_cases.py", "originals.py")
+    files = ("runtime_cases.py", "drop_in_cases.py", "model_cases.py", "model_io_cases.py", "originals.py")
     cases = [str(Path(__file__).with_name(name)) for name in files]
     marks = "markers=requires_trainable_backend: a mark of Keras's own tests"
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", marks, *cases, KERAS_BACKEND=runtime)
