@@ -47,7 +47,7 @@ def keras_resnet50(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pytest.importorskip("keras")
     from .models import keras_models, torch_models
 
-    source, pairs = keras_models.resnet50(), truth.keras_resnet50()
+    source, pairs = keras_models.resnet50(size=None), truth.keras_resnet50()
     layers = by_hand.absorbed(by_hand.of_keras(source), pairs)
     target = by_hand.into_torch(torch_models.resnet50(seed=1), layers, pairs)
     return torch_outputs(target, images), keras_outputs(source, images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,17 +10,19 @@ import keras
 from . import randomize
 
 
-def resnet50(size: int | None = None, classes: int = 10, seed: int = 0) -> Any:
-    """For images of any size, or of one."""
-    model = keras.applications.ResNet50(
-        weights=None, input_shape=(size, size, 3), classes=classes, classifier_activation=None
-    )
-    return randomize.keras_model(model, seed)
+def resnet50(size: int | None = 65, classes: int = 10, seed: int = 0) -> Any:
+    """For images of one size, or with None of any."""
+    return randomize.keras_model(_with_head(keras.applications.ResNet50, size, classes), seed)
 
 
 def mobilenet_v2(size: int | None = 65, classes: int = 10, seed: int = 0) -> Any:
-    """For images of one size: built for any, it pads before strides as if every layer's input were even."""
-    model = keras.applications.MobileNetV2(
-        weights=None, input_shape=(size, size, 3), classes=classes, classifier_activation=None
-    )
-    return randomize.keras_model(model, seed)
+    """For images of one size; built for any, it pads before strides as if every layer's input were even."""
+    return randomize.keras_model(_with_head(keras.applications.MobileNetV2, size, classes), seed)
+
+
+def _with_head(application: Callable[..., Any], size: int | None, classes: int) -> Any:
+    options = {"weights": None, "input_shape": (size, size, 3)}
+    if size is not None:
+        return application(classes=classes, classifier_activation=None, **options)
+    backbone = application(include_top=False, pooling="avg", **options)
+    return keras.Model(backbone.input, keras.layers.Dense(classes, name="predictions")(backbone.output))

@@ -22,12 +22,13 @@ class BasicBlock(nnx.Module):
         self.bn1 = batch_norm(features, rngs)
         self.conv2 = nnx.Conv(features, features, (3, 3), padding=PAD_1, use_bias=False, rngs=rngs)
         self.bn2 = batch_norm(features, rngs)
-        self.shortcut: Any = None
         if stride != 1 or inputs != features:
             self.shortcut = nnx.Sequential(
                 nnx.Conv(inputs, features, (1, 1), strides=stride, padding="VALID", use_bias=False, rngs=rngs),
                 batch_norm(features, rngs),
             )
+        else:
+            self.shortcut = None
 
     def __call__(self, x: Any) -> Any:
         residual = x if self.shortcut is None else self.shortcut(x)
