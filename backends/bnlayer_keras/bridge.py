@@ -38,7 +38,8 @@ def numpy(variable: Any) -> NDArray:
 def to_array(tensor: Any) -> NDArray:
     """A copy of a tensor or a variable, in its own dtype."""
     keras = runtime.load_keras()
-    array = np.array(keras.ops.convert_to_numpy(tensor))
+    value = tensor.value if isinstance(tensor, keras.Variable) else tensor
+    array = np.array(keras.ops.convert_to_numpy(value))
     half = keras.backend.standardize_dtype(tensor.dtype) == "bfloat16"  # which may come as float32
     return array.astype(ml_dtypes.bfloat16) if half else array
 

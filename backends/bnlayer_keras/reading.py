@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import ml_dtypes
-import numpy as np
 
 from bnlayer.checkpoint import Checkpoint, Layer, Tensor
 from bnlayer.contract import NDArray
@@ -133,8 +132,10 @@ def _fitting(name: str, array: NDArray, value: Any) -> NDArray:
 def _layers(name: str, layer: Any, own: Mapping[int, str]) -> Iterator[Layer]:
     kind = _kind(layer)
     other = {"dialect": "keras"}
+    if kind is not None and kind in _KINDS and not {id(v) for v in _roles(layer, kind).values()} <= own.keys():
+        kind = None  # it saves its variables in a way of its own
     if kind is None:
-        roles = {f"{place}": tensor for place, tensor in enumerate(own.values())}
+        roles = {str(place): tensor for place, tensor in enumerate(own.values())}
         yield Layer(name, type(layer).__name__, roles, other)
     elif kind == "batch norm":
         yield _batch_norm(name, layer, own)

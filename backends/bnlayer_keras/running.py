@@ -106,7 +106,8 @@ def _no_gradients() -> AbstractContextManager[Any]:
 def _channels_first(layers: Mapping[str, Any]) -> bool:
     """Whether the model has channels on axis 1: as its first layer that has an order says, else as Keras's default."""
     said = [layer.data_format for layer in layers.values() if isinstance(getattr(layer, "data_format", None), str)]
-    return [*said, runtime.load_keras().config.image_data_format()][0] == "channels_first"
+    order: str = [*said, runtime.load_keras().config.image_data_format()][0]
+    return order == "channels_first"
 
 
 def _first(output: Any) -> Any:
