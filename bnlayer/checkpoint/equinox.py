@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint, NDArray, Tensor
 from .formats import Options
 from .npy import read_data, read_header
 from .source import Bounded, Source
+from .writing import NUMBERS, any_name, refuse_unfit
 
 _MOST: Final = 1_000_000
 
@@ -46,6 +47,14 @@ def read(path: Path, options: Options) -> Checkpoint:
         metadata={"named": options.template is not None},
         layers=() if options.template is None else options.template.layers,
     )
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the arrays in the checkpoint's order, which is all that says what they are; `FormatModule.write`."""
+    refuse_unfit(checkpoint, path, "an Equinox file", dtypes=NUMBERS | {np.dtype(ml_dtypes.bfloat16)}, problem=any_name)
+    with path.open("xb") as file:
+        for name in checkpoint.tensors:
+            np.lib.format.write_array(file, checkpoint[name], allow_pickle=False)
 
 
 def _header(stream: Bounded, place: str) -> tuple[np.dtype[Any], tuple[int, ...], bool]:

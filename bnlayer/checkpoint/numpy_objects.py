@@ -16,7 +16,7 @@ _RECONSTRUCT: Final = ("numpy.core.multiarray._reconstruct", "numpy._core.multia
 _FROMBUFFER: Final = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
 _SCALAR: Final = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 _JAX: Final = ("jax._src.array._reconstruct_array", "jax.interpreters.xla._reconstruct_array")
-_BY_NAME: Final[dict[str, np.dtype[Any]]] = {
+BY_NAME: Final[dict[str, np.dtype[Any]]] = {
     name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 }
 
@@ -56,12 +56,12 @@ def _dtype(record: Any, place: str) -> np.dtype[Any]:
     code = (
         record.arguments[0] if isinstance(record, Call) and record.name == "numpy.dtype" and record.arguments else None
     )
-    if isinstance(code, Global) and code.module == "ml_dtypes" and code.name in _BY_NAME:
-        return _BY_NAME[code.name]
-    if isinstance(record, Global) and record.module == "ml_dtypes" and record.name in _BY_NAME:
-        return _BY_NAME[record.name]
-    if isinstance(code, str) and code in _BY_NAME:
-        return _BY_NAME[code]
+    if isinstance(code, Global) and code.module == "ml_dtypes" and code.name in BY_NAME:
+        return BY_NAME[code.name]
+    if isinstance(record, Global) and record.module == "ml_dtypes" and record.name in BY_NAME:
+        return BY_NAME[record.name]
+    if isinstance(code, str) and code in BY_NAME:
+        return BY_NAME[code]
     if not isinstance(code, str) or len(code) > 8 or code[:1] not in "biufc":
         raise CheckpointError(f"{place}: its dtype {code!r} is not one of numbers.")
     order = record.state[1] if isinstance(record.state, tuple) and len(record.state) > 1 else "="

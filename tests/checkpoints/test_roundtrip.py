@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bnlayer import checkpoint
 from bnlayer.checkpoint import Checkpoint, CheckpointError, Tensor
 
-FORMATS = ("torch", "safetensors", "npz", "keras.h5", "tensorflow", "flax", "orbax")
+FORMATS = ("torch", "safetensors", "npz", "keras.h5", "tensorflow", "flax", "orbax", "haiku")
 KEEPS_ORDER = ("torch", "npz", "flax")
 KEEPS_LAYOUT = ("torch",)
 DTYPES = [np.dtype(code) for code in "?bBhHiIlLefdF"] + [np.dtype(ml_dtypes.bfloat16)]

@@ -188,12 +188,13 @@ def test_a_file_s_own_texts_are_written_back(tmp_path: Path) -> None:
 
 def test_the_format_is_the_name_s_or_the_one_given(tmp_path: Path) -> None:
     wanted = {"a.pt": "torch", "a.safetensors": "safetensors", "a.weights.h5": "keras.h5", "a.npz": "npz",
-              "a.msgpack": "flax", "a.ckpt": "tensorflow", "a.orbax": "orbax", "a.onnx": "onnx"}  # fmt: skip
+              "a.msgpack": "flax", "a.ckpt": "tensorflow", "a.orbax": "orbax", "a.onnx": "onnx",
+              "a.eqx": "equinox", "a.haiku.pkl": "haiku", "a.pkl": "haiku"}  # fmt: skip
     assert {name: named(Path(name), None).name for name in wanted} == wanted
     with pytest.raises(CheckpointError, match="tells no format"):
         of(a=np.ones(2)).save(tmp_path / "a.zip")
-    with pytest.raises(CheckpointError, match="got 'haiku'"):
-        of(a=np.ones(2)).save(tmp_path / "a.zip", "haiku")
+    with pytest.raises(CheckpointError, match="got 'savedmodel'"):
+        of(a=np.ones(2)).save(tmp_path / "a.zip", "savedmodel")
 
 
 @pytest.mark.parametrize(
