@@ -20,7 +20,7 @@ from .equinox_names import equinox_template, leaf_names
 from .model_io import modes_of, output_of, placed, values_for, widened
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
-Seen = Callable[[str, Any, Any], None]  # of a call: the layer's name, its first argument, what it returned
+Seen = Callable[..., Any]  # makes a call: the layer's name, its class's call, the layer, and the arguments
 
 _KERNEL: Final = {"weight": "kernel", "bias": "bias"}
 _NORM: Final = {"weight": "gamma", "bias": "beta"}
@@ -84,10 +84,12 @@ def run(module: Any, state: Any, x: NDArray, *, training: bool, capture: bool) -
     calls: dict[str, None] = {}
     inside: dict[str, tuple[Any, Any]] = {}
 
-    def seen(name: str, given: Any, returned: Any) -> None:
+    def seen(name: str, call: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
         calls.setdefault(name)
+        returned = call(layer, *args, **kwargs)
         if name in batch_norms:
-            inside.setdefault(name, (given, returned[0]))
+            inside.setdefault(name, (args[0] if args else kwargs["x"], returned[0]))
+        return returned
 
     modules = {jax.tree_util.keystr(path).lstrip("."): layer for path, layer, _ in _layers(module)}
     batch_norms = {name: layer for name, layer in modules.items() if isinstance(layer, eqx.nn.BatchNorm)}
@@ -189,9 +191,7 @@ def _watched(node: Any, path: tuple[Any, ...], seen: Seen) -> Any:
     name, kind = jax.tree_util.keystr(path).lstrip("."), type(node)
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        returned = kind.__call__(layer, *args, **kwargs)  # type: ignore[operator]
-        seen(name, args[0] if args else kwargs.get("x"), returned)
-        return returned
+        return seen(name, kind.__call__, layer, *args, **kwargs)  # type: ignore[attr-defined]
 
     call.__wrapped__ = kind.__call__  # type: ignore[attr-defined,operator]
     watching = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})

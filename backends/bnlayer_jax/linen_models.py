@@ -189,7 +189,12 @@ def traced(module: nn.Module, variables: Mapping[str, Any], inputs: Inputs, inte
         args, kwargs = jax.tree.unflatten(tree, [given.get(index, leaf) for index, leaf in enumerate(leaves)])
         return module.apply(variables, *args, mutable=True, rngs=inputs.rngs, method=inputs.method, **kwargs)
 
-    with intercepted_calls(interceptor):
+    def without_dropout(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name == "__call__" and isinstance(context.module, nn.Dropout):
+            return args[0] if args else kwargs["inputs"]  # of the same shape, and without random numbers
+        return interceptor(run, args, kwargs, context)
+
+    with intercepted_calls(without_dropout):
         jax.eval_shape(call, variables, [leaves[index] for index in shaped])
 
 
