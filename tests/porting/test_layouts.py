@@ -6,6 +6,7 @@ equal bit by bit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 
 from bnlayer.porting.layouts import LAYOUTS, Layout
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
 
 BATCH, INPUTS, OUTPUTS, MULTIPLIER = 2, 4, 6, 2
 SPATIAL = (7, 6, 5)
