@@ -183,7 +183,8 @@ def _roles(layer: Any, kind: str) -> dict[str, Any]:
 def _batch_norm(name: str, layer: Any, own: Mapping[int, str]) -> Layer:
     spec = record(name, layer).spec
     if spec is None:
-        return Layer(name, type(layer).__name__, {str(place): t for place, t in enumerate(own.values())})
+        roles = {str(place): tensor for place, tensor in enumerate(own.values())}
+        return Layer(name, f"{type(layer).__name__} that is no plain batch norm", roles, {"dialect": "keras"})
     variables = {role: getattr(layer, role) for role in array_names(spec)}
     if needs_counter(spec):
         variables["num_updates"] = layer.num_updates

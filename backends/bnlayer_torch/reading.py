@@ -162,7 +162,7 @@ def _layer(name: str, module: nn.Module, own: Mapping[str, str]) -> Layer:
         if spec is not None:
             roles = {_OF_BATCH_NORMS.get(leaf, leaf): full for leaf, full in own.items()}
             return Layer(name, type(module).__name__, roles, _settings(spec))
-        return Layer(name, type(module).__name__, own, {"dialect": "torch"})
+        return Layer(name, f"{type(module).__name__} that is no plain batch norm", own, {"dialect": "torch"})
     kind = next((kind for kind, classes in _KINDS.items() if isinstance(module, classes)), None)
     # A subclass that computes its kernel from other tensors, as weight norm does, is not what its base is.
     if kind is None or not own.keys() <= _ROLES.keys() or (kind != "norm" and "weight" not in own):

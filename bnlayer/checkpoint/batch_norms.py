@@ -116,7 +116,15 @@ def find(
     candidates: list[Candidate | Unclear] = [_from_layer(layer) for layer in checkpoint.layers if _is_batch_norm(layer)]
     if names is not None:
         candidates += naming.given(view, _checked(names))
-    candidates += [found for rule in naming.RULES for found in rule(view)]
+    # A live model says of each layer what it is: what it calls something else is not guessed to be a batch norm.
+    others = {t for one in checkpoint.layers if "dialect" in one.settings and not _is_batch_norm(one)
+              for t in one.tensors.values()}  # fmt: skip
+    candidates += [
+        found
+        for rule in naming.RULES
+        for found in rule(view)
+        if isinstance(found, Unclear) or others.isdisjoint(found.parts.values())
+    ]
     given = {"epsilon": epsilon, "decay": decay}
     for candidate in candidates:
         if isinstance(candidate, Unclear):

@@ -307,3 +307,11 @@ def test_no_gradients_are_recorded():
         model.layers[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
         ADAPTER.run(model, X, training=True)
         assert seen == [False]
+
+
+def test_what_may_compute_something_else_is_not_guessed_to_be_a_batch_norm():
+    class BatchNormalization(THEIRS):
+        pass
+
+    found = ADAPTER.read(keras.Sequential([keras.Input((3,)), BatchNormalization()]))
+    assert found.layers[0].kind == "BatchNormalization that is no plain batch norm" and found.batch_norms() == []

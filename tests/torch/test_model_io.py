@@ -249,3 +249,13 @@ class Nothing(nn.Module):
 def test_the_adapter_imports_no_torch():
     code = "import sys, bnlayer_torch.model; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """By its class it may compute anything, whatever its name is."""
+
+
+def test_what_may_compute_something_else_is_not_guessed_to_be_a_batch_norm():
+    found = ADAPTER.read(nn.Sequential(BatchNorm2d(3), nn.InstanceNorm2d(3, affine=True, track_running_stats=True)))
+    assert [layer.kind for layer in found.layers] == ["BatchNorm2d that is no plain batch norm", "InstanceNorm2d"]
+    assert found.batch_norms() == []
