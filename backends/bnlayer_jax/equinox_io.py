@@ -191,9 +191,9 @@ def _watched(node: Any, path: tuple[Any, ...], seen: Seen) -> Any:
     name, kind = jax.tree_util.keystr(path).lstrip("."), type(node)
 
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        return seen(name, kind.__call__, layer, *args, **kwargs)  # type: ignore[attr-defined]
+        return seen(name, kind.__call__, layer, *args, **kwargs)
 
-    call.__wrapped__ = kind.__call__  # type: ignore[attr-defined,operator]
+    call.__wrapped__ = kind.__call__
     watching = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
     return with_fields(made, watching)
 

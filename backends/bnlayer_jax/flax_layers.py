@@ -70,5 +70,5 @@ def is_array(value: Any) -> bool:
     return (
         hasattr(value, "shape")
         and hasattr(value, "dtype")
-        and not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        and not jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
     )

@@ -37,8 +37,8 @@ def read(
     """
     leaves = _leaves(variables)
     scopes: dict[Path, dict[str, str]] = {}
-    for name, (_, *scope, own) in _named(variables).items():
-        scopes.setdefault(tuple(scope), {})[own] = name
+    for name, path in _named(variables).items():
+        scopes.setdefault(path[1:-1], {})[path[-1]] = name
     called = {} if inputs is None else _called(module, variables, inputs)
     order = in_order(_scopes_in_order(variables, scopes), called)
     layers: list[Layer] = []
@@ -112,7 +112,7 @@ def run(
         for path in calls
         if (*path, "x") in captured
     }
-    after = flax.core.copy(variables, changed) if changed else variables  # type: ignore[arg-type]
+    after = flax.core.copy(variables, changed) if changed else variables
     called = tuple("/".join(path) for path in calls) if capture else ()
     return after, Run(None, widened(output_of(returned)), layers, called)
 
@@ -126,7 +126,7 @@ def _arguments(
 ) -> tuple[Sequence[Any], dict[str, Any], Any, Any]:
     """How the model is called: as `inputs` say, with x as the first array in them."""
     if inputs is None:
-        return (x,), dict(modes_of(_inner(module).__call__)), None, None  # type: ignore[operator]
+        return (x,), dict(modes_of(_inner(module).__call__)), None, None
     args, kwargs = list(inputs.args), dict(inputs.kwargs)
     if args:
         args[0] = x

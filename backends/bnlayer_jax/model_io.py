@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from bnlayer.checkpoint import Checkpoint, Tensor
 from bnlayer.errors import CheckpointError, UnsupportedError
 from bnlayer.spec import BatchNormSpec
 
+Name = TypeVar("Name", bound=Hashable)
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
 # What models call the argument that says whether they train. Everything but the batch norms evaluates.
@@ -97,7 +98,7 @@ def modes_of(call: Callable[..., Any]) -> dict[str, bool]:
     }
 
 
-def in_order(names: Iterable[str], first: Iterable[str]) -> list[str]:
+def in_order(names: Iterable[Name], first: Iterable[Name]) -> list[Name]:
     """The names, those of `first` first and in that order."""
     rest = dict.fromkeys(names)
     return [name for name in dict.fromkeys(first) if name in rest] + [n for n in rest if n not in set(first)]

@@ -85,8 +85,7 @@ class NnxModels:
     def read(self, model: nnx.Module) -> Checkpoint:
         """Named as `nnx.to_pure_dict(nnx.state(model))` is in a file, without the states of random numbers.
 
-        The order is that of the attributes, which `nnx.jit` and `nnx.update` sort (`order_is_meaningful` is False
-        then).
+        The order is that of the attributes, which `nnx.jit` sorts (`order_is_meaningful` is False then).
         """
         from .nnx_io import read
 

@@ -32,7 +32,7 @@ def read(model: nnx.Module, paths: Mapping[int, str]) -> Checkpoint:
     """
     held = _held(model)
     names = {id(variable): name for name, variable in held.items()}
-    layers, ordered = [], []
+    layers, ordered = [], list[str]()
     for module in _modules(model, set()):
         own = {attribute: names[id(v)] for attribute, v in _attributes(module) if id(v) in names}
         if own and id(module) in paths:
@@ -66,7 +66,7 @@ def configure(layer: nnx.BatchNorm, name: str, spec: BatchNormSpec) -> Callable[
 
     def apply() -> None:
         layer.epsilon = spec.epsilon
-        layer.momentum = spec.decay  # type: ignore[assignment]  # ours takes "cumulative" too
+        layer.momentum = spec.decay  # ours takes "cumulative" too
 
     return apply
 
@@ -102,7 +102,7 @@ def run(model: nnx.Module, x: NDArray, paths: Mapping[int, str], *, training: bo
         if id(module) in owners or isinstance(module, (nnx.BatchNorm, nnx.Dropout))
     }
     with _flags(model, training), _watched(model, watched, seen):
-        returned = model(jnp.asarray(x), **modes_of(model))  # type: ignore[operator]
+        returned = model(jnp.asarray(x), **modes_of(model))
     return Run(model, widened(output_of(returned)), layers, tuple(calls))
 
 
@@ -180,7 +180,7 @@ def _modules(node: Any, seen: set[int]) -> Iterator[nnx.Module]:
 
 
 def _is_sorted(model: nnx.Module) -> bool:
-    """Whether all attributes are in the order of their names, as they are after `nnx.jit` and `nnx.update`: then the
+    """Whether all attributes are in the order of their names, as they are after `nnx.jit`: then the
     order is no longer the model's."""
     every = [[n for n, _ in _attributes(m)] for _, m in nnx.iter_modules(model) if not isinstance(m, nnx.List)]
     return all(names == sorted(names) for names in every)
