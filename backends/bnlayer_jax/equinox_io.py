@@ -193,7 +193,7 @@ def _watched(node: Any, path: tuple[Any, ...], seen: Seen) -> Any:
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         return seen(name, kind.__call__, layer, *args, **kwargs)
 
-    call.__wrapped__ = kind.__call__
+    call.__wrapped__ = kind.__call__  # type: ignore[attr-defined]
     watching = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
     return with_fields(made, watching)
 
