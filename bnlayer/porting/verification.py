@@ -195,6 +195,9 @@ class _Work:
             spec = p.target.specs.get(name)
             if spec is not None and (spec.num_features,) != wanted.mean.shape:
                 details[name] = f"{spec.num_features} channels, and the source has {wanted.mean.size}"
+        for unit in units.units:
+            if unit.stored is not None and unit.name not in p.wanted:
+                details[unit.name] = "is matched with no batch norm of the source, so nothing verifies it: give matches"
         text = f"{len(p.wanted)} batch norms finite, no variance below 0, statistics present"
         return Result("static", not details, text if not details else f"{len(details)} findings", details)
 
