@@ -389,8 +389,9 @@ def first_difference(p: Pairing, mine: Pass, theirs: Pass, tolerance: float) -> 
 
 
 def _centered(array: NDArray) -> NDArray:
-    wide = array.astype(np.float64)
-    return wide - wide.mean(axis=tuple(range(wide.ndim - 1)), keepdims=True)
+    wide: NDArray = array.astype(np.float64)
+    centered: NDArray = wide - wide.mean(axis=tuple(range(wide.ndim - 1)), keepdims=True)
+    return centered
 
 
 def _exchange(p: Pairing, a: str, b: str) -> Any:

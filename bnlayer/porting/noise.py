@@ -25,7 +25,8 @@ def input_of(shape: tuple[int, ...], seed: int) -> NDArray:
 def perturbed(x: NDArray, seed: int = 0) -> NDArray:
     """The input, each value of it off by one rounding up or down."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], x.shape)
-    return (x * (1 + signs * 2.0**-23)).astype(x.dtype)
+    off: NDArray = x * (1 + signs * 2.0**-23)
+    return off.astype(x.dtype)
 
 
 def difference(a: NDArray, b: NDArray) -> float:

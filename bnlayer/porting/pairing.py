@@ -79,6 +79,7 @@ class Pairing:
         """Random statistics and parameters in both models' batch norms, the same on both sides.
 
         A layer of the target whose values are not those that the port gives keeps them: they are what is looked for.
+        Where its mean and variance are each other's, so are the random ones.
         """
         rng = np.random.default_rng(seed)
         changes: dict[str, NDArray] = {}
@@ -93,8 +94,15 @@ class Pairing:
         kept: dict[str, NDArray] = {}
         for name in self.partners:
             unit = self.plan.target[name]
-            if alike(own[name], self.wanted[name]):
-                kept.update({tensor: planted.expected[tensor] for tensor in unit.parts.values()})
+            held, wanted = own[name], self.wanted[name]
+            parts = dict(unit.parts)
+            if close(held.mean, wanted.variance) and close(held.variance, wanted.mean):
+                mean, variance = parts["moving_mean"], parts["moving_variance"]
+                kept.update({mean: planted.expected[variance], variance: planted.expected[mean]})
+                parts = {role: t for role, t in parts.items() if role in ("gamma", "beta")}
+            elif not alike(held, wanted):
+                continue
+            kept.update({tensor: planted.expected[tensor] for tensor in parts.values()})
         self.target.put(with_tensors(self.target.held, kept))
         return replace(planted, planted=True)
 

@@ -49,7 +49,7 @@ class Seen:
     def of(cls, pair: tuple[NDArray, NDArray], axis: int) -> Seen:
         """A record of `Run.layers`, whose channels are on `axis`."""
         x, y = (np.moveaxis(np.asarray(array), axis, -1) for array in pair)
-        unit = max(float(ml_dtypes.finfo(array.dtype).eps) / 2 for array in (x, y))
+        unit = max(_unit(array.dtype) for array in (x, y))
         wide = [array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (x, y)]
         return cls(wide[0], wide[1], max(unit, 2.0**-24))
 
@@ -179,6 +179,12 @@ def solved_update(steps: list[Step]) -> tuple[float, bool] | None:
     decay = min(max(float(f"{decay:.4g}"), 0.0), 1.0)
     errors = [update_error(steps, decay, correction) for correction in (False, True)]
     return decay, errors[1] < errors[0]
+
+
+def _unit(dtype: np.dtype[Any]) -> float:
+    """The unit roundoff of a float dtype, ml_dtypes' among them."""
+    finfo: Any = ml_dtypes.finfo
+    return float(finfo(dtype).eps) / 2
 
 
 def _bessel(count: int) -> float:

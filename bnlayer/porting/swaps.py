@@ -185,7 +185,7 @@ def _classes(plan: Plan, pairs: Mapping[str, str]) -> list[tuple[str, str]]:
 
     def free(name: str) -> bool:
         owner = plan.source[name].owner
-        return plan.source[name].stored is None or owner not in pairs or pairs[owner] not in owned
+        return plan.source[name].stored is None or owner is None or pairs.get(owner) not in owned
 
     names = [[s for s, _ in one.proposal if free(s)] for one in plan.matching.ambiguous]
     return [pair for one in names for pair in combinations(one, 2)]
