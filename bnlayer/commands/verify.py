@@ -1,0 +1,71 @@
+"""`bnlayer verify`: does a ported model compute what its source does, and if not, why?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Final
+
+import click
+
+_ODD: Final = "2,65,65,3"
+_EVEN: Final = "2,64,64,3"
+
+
+def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None or value == "":
+        return None
+    try:
+        shape = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) < 2 or min(shape) < 1:
+        raise click.BadParameter(f"expected batch,...,channels such as {_ODD}; got {value!r}.")
+    return shape
+
+
+@click.command(
+    short_help="Whether a ported model computes what its source does, and if not, why.",
+    epilog="\b\nExample:\n  bnlayer verify mine:keras_resnet mine:torch_resnet",
+)
+@click.argument("source", metavar="SRC_MODEL")
+@click.argument("target", metavar="DST_MODEL")
+@click.option("--input", "first", callback=_shape, default=_ODD, show_default=True, metavar="N,...,C",
+              help="An input's shape, batch first and channels last. Sizes of 2^k + 1 show the weights: there all"
+              " paddings are alike.")  # fmt: skip
+@click.option("--also-input", "second", callback=_shape, default=_EVEN, show_default=True, metavar="N,...,C",
+              help="Another one, whose even size shows the padding; '' for none.")  # fmt: skip
+@click.option("--train-steps", type=click.IntRange(min=0), default=3, show_default=True,
+              help="Forward passes in training mode, whose moving statistics are compared.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    source: str,
+    target: str,
+    first: tuple[int, ...],
+    second: tuple[int, ...] | None,
+    train_steps: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Run two live models and compare them, layer by layer; name what is wrong with the second.
+
+    Models are given as package.module:factory, a function without arguments that returns one.
+
+    \b
+      bnlayer verify mine:keras_resnet mine:torch_resnet
+      bnlayer verify mine:source mine:target --input 2,129,129,3 --also-input "" --json
+
+    \b
+    Exit codes: 0 they compute the same; 1 they do not; 2 usage; 3 they cannot be compared.
+    """
+    from bnlayer.porting.models import made
+    from bnlayer.porting.verification import verify
+
+    shapes = [shape for shape in (first, second) if shape is not None]
+    found = verify(
+        made(source), made(target), shapes=shapes, train_steps=train_steps, seed=seed,
+        progress=lambda what: click.echo(f"{what} ...", err=True) if sys.stderr.isatty() else None,
+    )  # fmt: skip
+    click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else str(found))
+    sys.exit(0 if found.ok else 1)
