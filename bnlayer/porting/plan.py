@@ -13,7 +13,7 @@ from ..checkpoint.batch_norms import StoredBatchNorm
 from ..checkpoint.checkpoint import Checkpoint, NDArray, Tensor
 from ..errors import CheckpointError, PortError
 from ..spec import BatchNormSpec
-from ..state import BatchNormState
+from ..surgery.formulas import absorbed, shifted
 from . import matching, rules
 from .kernels import flattens, kernel_for
 from .layouts import Shape
@@ -144,11 +144,11 @@ class Plan:
         assert s.stored is not None and t.stored is not None
         report, state = self.report, s.stored.state()
         if bias is not None:
-            state = _absorbed(state, s.stored, bias)
+            state = absorbed(state, s.stored.spec, bias)
             report.add("converted", "bias of the layer before taken off the moving mean (exact in training and eval)",
                        t.name)  # fmt: skip
         if self.epsilon == "shift" and s.stored.spec.epsilon != t.stored.spec.epsilon:
-            state, how = _shifted(state, s.stored.spec.epsilon, t.stored.spec.epsilon, t.name)
+            state, how = shifted(state, s.stored.spec, t.stored.spec.epsilon, t.name)
             report.add("lossy", f"epsilon {s.stored.spec.epsilon:g} is {t.stored.spec.epsilon:g} there: {how}, exact in"
                        " eval mode alone", t.name)  # fmt: skip
         made = tensors_for(t.stored, s.stored.spec, state, report.add)
@@ -286,38 +286,3 @@ def _tell_batch_norm(plan: Plan, s: StoredBatchNorm, t: StoredBatchNorm, name: s
     for what in ("renorm", "virtual_batch_size"):
         if getattr(s.spec, what) is not None and getattr(s.spec, what) != getattr(t.spec, what):
             report.add("lossy", f"{what} is not carried: it trains on as a plain batch norm", name)
-
-
-def _absorbed(state: BatchNormState[NDArray], stored: StoredBatchNorm, bias: NDArray) -> BatchNormState[NDArray]:
-    """The state with a constant that no longer is in its input taken off its means.
-
-    batch norm(x + b) with mean m + b is batch norm(x) with mean m, for the batch's mean and for every average of it.
-    """
-    wide = bias.reshape(-1).astype(np.float64)
-    assert state.moving_mean is not None
-    changes = {"moving_mean": (state.moving_mean.astype(np.float64) - wide).astype(state.moving_mean.dtype)}
-    if state.hidden_mean is not None and state.num_updates is not None and stored.spec.decay != "cumulative":
-        share = 1 - float(stored.spec.decay) ** state.num_updates  # of the batches in the hidden average
-        changes["hidden_mean"] = (state.hidden_mean.astype(np.float64) - share * wide).astype(state.hidden_mean.dtype)
-    if state.renorm_mean is not None:
-        changes["renorm_mean"] = (state.renorm_mean.astype(np.float64) - wide).astype(state.renorm_mean.dtype)
-    return state.replace(**changes)
-
-
-def _shifted(
-    state: BatchNormState[NDArray], mine: float, theirs: float, name: str
-) -> tuple[BatchNormState[NDArray], str]:
-    """The state with which another epsilon gives the same in eval mode: variance + epsilon stays, or gamma makes up."""
-    assert state.moving_variance is not None
-    variance = state.moving_variance.astype(np.float64)
-    if np.all(variance + mine - theirs >= 0):
-        return state.replace(
-            moving_variance=(variance + mine - theirs).astype(state.moving_variance.dtype)
-        ), "the difference is in the moving variance"
-    if state.gamma is None:
-        raise CheckpointError(
-            f"{name}: epsilon {mine:g} cannot become {theirs:g}: the variance is too small to be shifted, and there is"
-            " no gamma to make up for it."
-        )
-    gamma = state.gamma.astype(np.float64) * np.sqrt((variance + theirs) / (variance + mine))
-    return state.replace(gamma=gamma.astype(state.gamma.dtype)), "gamma makes up for it"
