@@ -6,14 +6,24 @@ target, one and two at a time.
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from bnlayer.commands.verify import command
+from bnlayer.errors import BatchNormError
+from bnlayer.porting.matching import Ambiguous, Match
+from bnlayer.porting.plan import plan
+from bnlayer.porting.swaps import try_swaps
 from bnlayer.porting.verification import Verification, verify
+from bnlayer.registry import adapter
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -172,3 +182,157 @@ def test_two_mistakes_are_both_named(pair: Any) -> None:
     found, expected = planted(*pair)
     assert named(found).keys() == expected.keys(), str(found)
     assert all(layer in named(found)[code] for code, layer in expected.items()), str(found)
+
+
+@pytest.mark.parametrize(
+    "pair", [(epsilon, swapped), (at_start, train_mode), (inverted_momentum, train_mode)], ids=lambda pair: "-".join(
+        mistake.__name__ for mistake in pair)
+)  # fmt: skip
+def test_two_mistakes_in_one_layer_are_both_named(pair: Any) -> None:
+    source = trained()
+    target = good_port(source)
+    moved = {"right_bn": "stem_bn", "left_bn": "stem_bn", "down_bn": "stem_bn", "stem_bn": "stem_bn"}
+
+    class OneLayer:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(target, moved.get(name, name))
+
+    with torch.no_grad():
+        codes = {mistake(OneLayer())[0] for mistake in pair}
+    found = verify(source, target, SAME_NAMES, shapes=SHAPES)
+    assert named(found) == dict.fromkeys(codes, ("stem_bn",)), str(found)
+
+
+def crossed(*names: str) -> list[tuple[str, str]]:
+    """The matching with two branches taken for each other, and a target that was filled by it."""
+    other = {"left": "right", "right": "left", "left_bn": "right_bn", "right_bn": "left_bn"}
+    return [(name, other.get(name, name)) for name in LAYERS]
+
+
+@pytest.mark.parametrize("mistakes", [(), (epsilon, padding), (train_mode,), (at_start, inverted_momentum)])
+def test_a_matching_in_the_wrong_order_is_named_beside_others(mistakes: Any) -> None:
+    source = trained()
+    target = good_port(source)
+    with torch.no_grad():
+        order(target)
+        expected = dict(mistake(target) for mistake in mistakes)
+    found = verify(source, target, crossed(), shapes=SHAPES)
+    assert named(found).keys() == {"order", *expected}, str(found)
+    assert set(named(found)["order"]) == {"left", "right"}
+
+
+def test_random_values_are_planted_in_a_new_model_and_taken_back() -> None:
+    torch.manual_seed(1)
+    source = Net().eval()
+    target = good_port(source)
+    found = verify(source, target, SAME_NAMES, shapes=SHAPES)
+    assert found.ok, str(found)
+    assert "random" in found.notes[0]
+    with torch.no_grad():
+        mean, variance = target.stem_bn.running_mean, target.stem_bn.running_var
+        mean.fill_(1)
+        variance.zero_()
+        order(target)
+    found = verify(source, target, SAME_NAMES, shapes=SHAPES)
+    assert named(found).keys() == {"mean-and-variance-swapped", "order"}, str(found)
+    assert (target.stem_bn.running_mean == 1).all()
+    assert (source.stem_bn.running_mean == 0).all()
+    assert (source.stem_bn.weight == 1).all()
+
+
+def test_a_bias_in_the_moving_mean_is_no_mistake() -> None:
+    class Biased(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+
+    torch.manual_seed(0)
+    source = Biased()
+    source.load_state_dict(trained().state_dict() | {"stem.bias": torch.randn(8)})
+    target = Net()
+    state = {name: value for name, value in source.state_dict().items() if name != "stem.bias"}
+    state["stem_bn.running_mean"] = state["stem_bn.running_mean"] - source.stem.bias.detach()
+    target.load_state_dict(state)
+    found = verify(source.eval(), target.eval(), SAME_NAMES, shapes=SHAPES)
+    assert found.ok, str(found)
+
+
+def test_an_unmatched_batch_norm_is_not_passed_over() -> None:
+    source = trained()
+    pairs = [pair for pair in SAME_NAMES if "left_bn" not in pair]
+    found = verify(source, good_port(source), pairs, shapes=SHAPES)
+    assert not found.ok
+    assert "left_bn" in found.steps[0].details
+
+
+@pytest.mark.parametrize("filled", ["as it is", "crossed"])
+def test_swaps_decide_what_names_and_shapes_cannot(filled: str) -> None:
+    source = trained()
+    target = trained(1)
+    names = sorted(LAYERS[2:6], key=LAYERS.index)
+    reach = adapter(source)
+    undecided = plan(reach.read(source), reach.read(target), given=None)
+    pairs = {m.source: m for m in undecided.matching.matches}
+    other = {"left": "right", "right": "left", "left_bn": "right_bn", "right_bn": "left_bn"}
+    goal = {name: name if filled == "as it is" else other[name] for name in names}
+    matching = replace(
+        undecided.matching,
+        matches=tuple(Match(n, n, m.kind if (m := pairs.get(n)) else "", ("names",)) for n in LAYERS if n not in names),
+        ambiguous=(
+            Ambiguous(("left", "right"), ("left", "right"), "", tuple((n, goal[n]) for n in ("left", "right"))),
+            Ambiguous(("left_bn", "right_bn"), ("left_bn", "right_bn"), "", tuple((n, goal[n]) for n in ("left_bn", "right_bn"))),
+        ),
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    found = try_swaps(replace(undecided, matching=matching), source, target, SHAPES[0])
+    assert {(one.source, one.target) for one in found} == {(name, name) for name in names}
+    for one in found:
+        assert one.after < 1e-5 < one.next_best
+        assert (one.before > 1e-3) == (filled == "crossed")
+    assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
+
+
+def test_swaps_leave_twins_undecided() -> None:
+    """Two layers of the same values: either order gives the same outputs."""
+    source = trained()
+    state = source.state_dict()
+    for name in [name for name in state if name.startswith("left")]:
+        state[name.replace("left", "right")] = state[name].clone()
+    source.load_state_dict(state)
+    reach = adapter(source)
+    target = trained(1)
+    undecided = plan(reach.read(source), reach.read(target))
+    rest = tuple(Match(n, n, "", ("names",)) for n in LAYERS if not n.startswith(("left", "right")))
+    twins = tuple(
+        Ambiguous((f"left{end}", f"right{end}"), (f"left{end}", f"right{end}"), "",
+                  ((f"left{end}", f"left{end}"), (f"right{end}", f"right{end}")))
+        for end in ("", "_bn")
+    )  # fmt: skip
+    matching = replace(undecided.matching, matches=rest, ambiguous=twins)
+    # The branches come one after the other, so their order shows unless they are twins.
+    assert try_swaps(replace(undecided, matching=matching), source, target, SHAPES[0]) == []
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("models_of_this_test")
+    source = trained()
+    wrong = good_port(source)
+    wrong.down_bn.eps = 1e-3
+    module.source, module.good, module.wrong = lambda: source, lambda: good_port(source), lambda: wrong  # type: ignore[attr-defined]
+    module.other = lambda: 3  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "models_of_this_test", module)
+    shapes = ["--input", "3,17,17,3", "--also-input", "3,16,16,3"]
+
+    def run(target: str, *more: str) -> Any:
+        arguments = ["models_of_this_test:source", f"models_of_this_test:{target}", *shapes, *more]
+        return CliRunner().invoke(command, arguments)
+
+    done = run("wrong", "--json")
+    document = json.loads(done.stdout)
+    assert document["ok"] is False
+    assert done.exit_code == 1
+    text = run("good")
+    assert isinstance(text.exception, SystemExit | type(None)), text.exception
+    assert "VERIFIED" in text.output
+    assert run("good", "--input", "3").exit_code == 2
+    assert isinstance(run("other").exception, BatchNormError)
