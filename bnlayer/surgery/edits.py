@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 Note = Callable[..., None]  # (section, what, *names), as of `Notes.add`
+_BESIDE: Final = {"moving_mean": "gamma", "moving_variance": "beta"}  # what is added beside these; else a bias
 SECTIONS: Final = ("converted", "assumed", "lossy", "warnings", "verified")
 
 
@@ -110,7 +111,7 @@ def edited(
     layers = []
     for layer in checkpoint.layers:
         left = {role: name for role, name in layer.tensors.items() if name not in removed}
-        left |= {"bias": added[name][0] for name in layer.tensors.values() if name in added}
+        left |= {_BESIDE.get(role, "bias"): added[name][0] for role, name in layer.tensors.items() if name in added}
         if left or not layer.tensors:
             layers.append(replace(layer, tensors=left))
     return replace(
