@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Final
 
 import click
+
+from bnlayer.errors import FileError
 
 _ODD: Final = "2,65,65,3"
 _EVEN: Final = "2,64,64,3"
@@ -37,6 +40,8 @@ def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
               help="Another one, whose even size shows the padding; '' for none.")  # fmt: skip
 @click.option("--train-steps", type=click.IntRange(min=0), default=3, show_default=True,
               help="Forward passes in training mode, whose moving statistics are compared.")  # fmt: skip
+@click.option("--map", "rules", type=click.Path(path_type=Path), metavar="RULES.toml",
+              help="Which layer is which, where names and shapes do not tell; as of `bnlayer port`.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -45,6 +50,7 @@ def command(
     first: tuple[int, ...],
     second: tuple[int, ...] | None,
     train_steps: int,
+    rules: Path | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -59,13 +65,23 @@ def command(
     \b
     Exit codes: 0 they compute the same; 1 they do not; 2 usage; 3 they cannot be compared.
     """
-    from bnlayer.porting.models import made
+    from bnlayer.porting.models import made, read
+    from bnlayer.porting.plan import plan
+    from bnlayer.porting.rules import Rules
     from bnlayer.porting.verification import verify
 
+    mine, theirs = made(source), made(target)
+    try:
+        given = None if rules is None else Rules.read(rules)
+    except OSError as error:
+        raise FileError(f"{rules}: {error.strerror or error}.") from error
+    planned = None if given is None else plan(read(mine), read(theirs), given=given)
+
+    def progress(what: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"{what} ...", err=True)
+
     shapes = [shape for shape in (first, second) if shape is not None]
-    found = verify(
-        made(source), made(target), shapes=shapes, train_steps=train_steps, seed=seed,
-        progress=lambda what: click.echo(f"{what} ...", err=True) if sys.stderr.isatty() else None,
-    )  # fmt: skip
+    found = verify(mine, theirs, shapes=shapes, train_steps=train_steps, plan=planned, seed=seed, progress=progress)
     click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else str(found))
     sys.exit(0 if found.ok else 1)

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from .noise import difference, tolerance_of
 from .pairing import Pairing, alike, close
-from .replay import NDArray, Values, solved_update, update_error, update_tolerance
+from .replay import NDArray, Seen, Values, solved_update, update_error, update_tolerance
 from .sides import Pass, at_start, values_of, with_tensors
 from .swaps import find_exchanges
 from .units import Unit
@@ -331,7 +331,7 @@ class Explanation:
             p.target.put(p.expected, right)
             done = p.target.run(self._x)
             held = values_of(p.target.units(p.target.held))
-            if all(done.seen(n).misfit(held[n], p.specs[n].epsilon, "moving") < 1e-4 for n in right):
+            if all(_fits(done.seen(n), held[n], p.specs[n].epsilon) for n in right):
                 return bool(right)
         except UnsupportedError:
             pass
@@ -404,6 +404,10 @@ def _exchange(p: Pairing, a: str, b: str) -> Any:
         if one.name in p.partners and other.name in p.partners:
             p.partners[one.name], p.partners[other.name] = p.partners[other.name], p.partners[one.name]
     return exchanged(p.expected, units, a, b)
+
+
+def _fits(seen: Seen, held: Values, epsilon: float) -> bool:
+    return min(seen.misfit(held, epsilon, "moving"), seen.misfit(held, epsilon, "batch")) <= seen.tolerance
 
 
 def _update_texts(decay: float, corrected: bool, found: float, correction: bool) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -9,10 +10,10 @@ import numpy as np
 from .replay import NDArray
 from .sides import Pass, Side
 
-# Every layer rounds its output anew, where the perturbed run rounds once, at the input: the bound of what adds up is
-# the depth. A kernel's sum of n terms, taken in two orders, differs by more than one rounding: about sqrt(n), of which
-# most cancels against the size of the sum; 4 is what is left of it.
-_PER_LAYER: Final = 4.0
+# Every layer rounds its output anew, where the perturbed run rounds once, at the input. Roundings are independent of
+# each other, so they add up as squares: with the root of the depth. A kernel's sum of n terms, taken in two orders,
+# differs by more than one rounding, about sqrt(n) of which most cancels; 8 is what may be left of it.
+_PER_LAYER: Final = 8.0
 _LEAST: Final = 1e-6  # a few roundings of float32 at the last layer, however shallow the model
 _MOST: Final = 1e-3  # beyond, a mistake could hide: epsilon 1e-3 in place of 1e-5 costs about as much
 
@@ -42,7 +43,7 @@ def difference(a: NDArray, b: NDArray) -> float:
 
 def bound(floor: float, depth: int) -> float:
     """What rounding may make of an error whose floor, from one rounding at the input, was measured."""
-    return min(max(_PER_LAYER * (1 + depth) * floor, _LEAST), _MOST)
+    return min(max(_PER_LAYER * math.sqrt(1 + depth) * floor, _LEAST), _MOST)
 
 
 def tolerance_of(source: Side, x: NDArray, done: Pass, *, training: bool = False) -> float:

@@ -7,10 +7,12 @@ target, one and two at a time.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +23,9 @@ from bnlayer.commands.verify import command
 from bnlayer.errors import BatchNormError
 from bnlayer.porting.matching import Ambiguous, Match
 from bnlayer.porting.plan import plan
+from bnlayer.porting.rules import Rules
 from bnlayer.porting.swaps import try_swaps
+from bnlayer.porting.units import units_of
 from bnlayer.porting.verification import Verification, verify
 from bnlayer.registry import adapter
 
@@ -185,9 +189,10 @@ def test_two_mistakes_are_both_named(pair: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", [(epsilon, swapped), (at_start, train_mode), (inverted_momentum, train_mode)], ids=lambda pair: "-".join(
-        mistake.__name__ for mistake in pair)
-)  # fmt: skip
+    "pair",
+    [(epsilon, swapped), (epsilon, train_mode), (at_start, train_mode), (inverted_momentum, train_mode)],
+    ids=lambda pair: f"{pair[0].__name__}-{pair[1].__name__}",
+)
 def test_two_mistakes_in_one_layer_are_both_named(pair: Any) -> None:
     source = trained()
     target = good_port(source)
@@ -280,7 +285,10 @@ def test_swaps_decide_what_names_and_shapes_cannot(filled: str) -> None:
         matches=tuple(Match(n, n, m.kind if (m := pairs.get(n)) else "", ("names",)) for n in LAYERS if n not in names),
         ambiguous=(
             Ambiguous(("left", "right"), ("left", "right"), "", tuple((n, goal[n]) for n in ("left", "right"))),
-            Ambiguous(("left_bn", "right_bn"), ("left_bn", "right_bn"), "", tuple((n, goal[n]) for n in ("left_bn", "right_bn"))),
+            Ambiguous(
+                ("left_bn", "right_bn"), ("left_bn", "right_bn"), "",
+                tuple((n, goal[n]) for n in ("left_bn", "right_bn")),
+            ),
         ),
     )  # fmt: skip
     before = {name: value.clone() for name, value in target.state_dict().items()}
@@ -313,7 +321,7 @@ def test_swaps_leave_twins_undecided() -> None:
     assert try_swaps(replace(undecided, matching=matching), source, target, SHAPES[0]) == []
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = ModuleType("models_of_this_test")
     source = trained()
     wrong = good_port(source)
@@ -331,8 +339,68 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     document = json.loads(done.stdout)
     assert document["ok"] is False
     assert done.exit_code == 1
-    text = run("good")
-    assert isinstance(text.exception, SystemExit | type(None)), text.exception
+    assert "epsilon" in {cause["code"] for cause in document["causes"]}
+    rules = tmp_path / "same.toml"
+    rules.write_text("[[rule]]\nsrc = '(left|right)(_bn)?'\ndst = '{1}{2}'\n")
+    text = run("good", "--map", str(rules))
+    assert text.exit_code == 0, text.output
     assert "VERIFIED" in text.output
+    assert isinstance(run("good", "--map", str(tmp_path / "none.toml")).exception, BatchNormError)
     assert run("good", "--input", "3").exit_code == 2
     assert isinstance(run("other").exception, BatchNormError)
+
+
+def jax_port(source: Any) -> Any:
+    """The same net in flax.nnx, filled by the plan."""
+    nnx = pytest.importorskip("flax.nnx")
+    jax = pytest.importorskip("jax")
+
+    class Twin(nnx.Module):
+        def __init__(self, rngs: Any) -> None:
+            def conv(inputs: int, outputs: int, **options: Any) -> Any:
+                return nnx.Conv(inputs, outputs, (3, 3), use_bias=False, rngs=rngs, **options)
+
+            self.edges = ((1, 1), (1, 1))
+            self.stem, self.stem_bn = conv(3, 8), nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+            self.left, self.left_bn = conv(8, 8), nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+            self.right, self.right_bn = conv(8, 8), nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+            self.down, self.down_bn = (
+                conv(8, 12, strides=2, padding=self.edges),
+                nnx.BatchNorm(12, momentum=0.9, rngs=rngs),
+            )
+            self.head = nnx.Linear(12, 5, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            x = jax.nn.relu(self.stem_bn(self.stem(x)))
+            x = x + jax.nn.relu(self.left_bn(self.left(x)))
+            x = x + jax.nn.relu(self.right_bn(self.right(x)))
+            x = jax.nn.relu(self.down_bn(self.down(x)))
+            return self.head(x.mean(axis=(1, 2)))
+
+    model = Twin(nnx.Rngs(0))
+    reach = adapter(model)
+    units = units_of(reach.read(model))
+    pairs = dict(zip(LAYERS, sorted((u.name for u in units.units), key=LAYERS.index), strict=True))
+    made = plan(adapter(source).read(source), units.checkpoint, given=identity())
+    assert not made.refused, made.report
+    assert pairs == {m.source: m.target for m in made.matching.matches}
+    return reach.write(model, made.apply())
+
+
+def identity() -> Rules:
+    return Rules(rules=((re.compile("(left|right)(_bn)?"), "{1}{2}", None),))
+
+
+def test_another_framework_is_judged_alike() -> None:
+    source = trained()
+    target = jax_port(source)
+    found = verify(source, target, SAME_NAMES, shapes=SHAPES)
+    assert found.ok, str(found)
+    assert "n/(n-1)" in found.steps[-1].text
+    target.stem_bn.epsilon = 1e-3
+    target.left_bn.momentum = 0.1
+    target.down.padding = "SAME"
+    found = verify(source, target, SAME_NAMES, shapes=SHAPES)
+    assert named(found) == {
+        "epsilon": ("stem_bn",), "momentum-inverted": ("left_bn",), "padding": ("down_bn",),
+    }, str(found)  # fmt: skip
