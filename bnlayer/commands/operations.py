@@ -58,17 +58,17 @@ def source_and_target(function: Command) -> Command:
 
 def which(function: Command) -> Command:
     """The option --only."""
-    return click.option("--only", multiple=True, metavar="PATTERN", help="Of these batch norms alone, such as 'layer1.*';"
-                        " may be given several times.")(function)  # fmt: skip
+    text = "Of these batch norms alone, such as 'layer1.*'; may be given several times."
+    return click.option("--only", multiple=True, metavar="PATTERN", help=text)(function)
 
 
 def present_epsilon(name: str) -> Callable[[Command], Command]:
     """An option of this name for the epsilon that batch norms have, and --accept-assumed."""
 
     def decorate(function: Command) -> Command:
-        function = click.option("--accept-assumed", is_flag=True,
-                                help="Where the file does not say epsilon, take its framework's default.")(function)  # fmt: skip
-        return click.option(name, "epsilon_now", type=click.FloatRange(min=0), metavar="X",
-                            help="The model's epsilon, where the file does not say it.")(function)  # fmt: skip
+        accept = "Where the file does not say epsilon, take its framework's default."
+        now = "The model's epsilon, where the file does not say it."
+        function = click.option("--accept-assumed", is_flag=True, help=accept)(function)
+        return click.option(name, "epsilon_now", type=click.FloatRange(min=0), metavar="X", help=now)(function)
 
     return decorate

@@ -19,7 +19,7 @@ from .operations import opened, saved, source_and_target, which
 @which
 @click.option("--model", "factory", required=True, metavar="MODULE:FACTORY", help="Returns the model that loads SRC.")
 @click.option("--data", required=True, metavar="MODULE:FACTORY|FILE.npz",
-              help="Yields batches, or an .npz whose only array (or x) is the inputs: batch first, channels last.")  # fmt: skip
+              help="Yields batches, or an .npz whose only array, or x, is the inputs: channels last.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Of an .npz.")
 def command(
     source: Path, target: Path, key: str | None, force: bool, only: tuple[str, ...], factory: str, data: str,

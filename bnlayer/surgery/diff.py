@@ -139,16 +139,15 @@ def _same_names(a: Units, b: Units) -> Difference:
             if any(one.status != "equal" for one in tensors):
                 causes += [*_twin(a.checkpoint, unit, other), *_permuted(a, unit, other)]
         layers.append(LayerDifference(unit.name, unit.kind, tuple(tensors), tuple(causes)))
-    for units, rest in ((b, [u for u in b.units if u.name not in {one.name for one in a.units}]),):
-        for unit in rest:
-            names = [name for name in unit.parts.values() if name not in seen]
-            seen |= set(names)
-            tensors = [_compared(name, a.checkpoint, units.checkpoint) for name in names]
-            if tensors:
-                layers.append(LayerDifference(unit.name, unit.kind, tuple(tensors)))
-    for name in dict.fromkeys([*a.checkpoint, *b.checkpoint]):
-        if name not in seen:
-            layers.append(LayerDifference(name, "", (_compared(name, a.checkpoint, b.checkpoint),)))
+    known = {unit.name for unit in a.units}
+    for unit in b.units:
+        names = [name for name in unit.parts.values() if unit.name not in known and name not in seen]
+        seen |= set(names)
+        if names:
+            tensors = [_compared(name, a.checkpoint, b.checkpoint) for name in names]
+            layers.append(LayerDifference(unit.name, unit.kind, tuple(tensors)))
+    rest = [name for name in dict.fromkeys([*a.checkpoint, *b.checkpoint]) if name not in seen]
+    layers += [LayerDifference(name, "", (_compared(name, a.checkpoint, b.checkpoint),)) for name in rest]
     return Difference(tuple(layers))
 
 
@@ -202,15 +201,11 @@ def _twin(a: Checkpoint, unit: Unit, other: Unit) -> list[Cause]:
 def _permuted(a: Units, unit: Unit, other: Unit) -> list[Cause]:
     """Whether the other has what another layer of the first has."""
     assert other.stored is not None
-    same = [
-        one.name for one in a.units
-        if one.stored is not None and one.name != unit.name and one.shape == unit.shape and _equal(one.stored, other.stored)
-    ]  # fmt: skip
-    return (
-        [Cause("order", f"the second has here what the first has in {same[0]}: layers exchanged")]
-        if len(same) == 1
-        else []
-    )
+    peers = [one for one in a.units if one.stored is not None and one.name != unit.name and one.shape == unit.shape]
+    same = [one.name for one in peers if one.stored is not None and _equal(one.stored, other.stored)]
+    if len(same) != 1:
+        return []
+    return [Cause("order", f"the second has here what the first has in {same[0]}: layers exchanged")]
 
 
 def _equal(a: StoredBatchNorm, b: StoredBatchNorm) -> bool:
