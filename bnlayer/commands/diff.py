@@ -64,7 +64,7 @@ def _show(found: Difference) -> None:
 
 
 def _rows(layer: LayerDifference) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in layer.tensors:
         if one.status != "equal":
             numbers = ["" if n is None else f"{n:.2g}" for n in (one.absolute, one.relative)]

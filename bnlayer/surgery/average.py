@@ -98,7 +98,7 @@ def _mean(checkpoints: Sequence[Checkpoint], shares: Sequence[float], name: str)
         def read() -> NDArray:
             arrays = [checkpoint[name] for checkpoint in checkpoints]
             if tensor.dtype.kind != "b" and tensor.nbytes <= tensor.dtype.itemsize:  # one number: a counter
-                return np.max(np.stack(arrays), 0)
+                return np.asarray(np.max(np.stack(arrays), 0))
             if any(not np.array_equal(array, arrays[0]) for array in arrays):
                 raise CheckpointError(f"{name} is {tensor.dtype.name} and differs; whole numbers have no mean here.")
             return arrays[0]
@@ -106,9 +106,9 @@ def _mean(checkpoints: Sequence[Checkpoint], shares: Sequence[float], name: str)
 
         def read() -> NDArray:
             wide = np.complex128 if tensor.dtype.kind == "c" else np.float64
-            total = np.zeros(tensor.shape, wide)
+            total: NDArray = np.zeros(tensor.shape, wide)
             for share, checkpoint in zip(shares, checkpoints, strict=True):
-                total += share * checkpoint[name].astype(wide)
+                total = total + share * checkpoint[name].astype(wide)
             return total.astype(tensor.dtype)
 
     return Tensor(tensor.dtype, tensor.shape, read)
@@ -119,7 +119,8 @@ def _mixed(same: Sequence[StoredBatchNorm], shares: Sequence[float], note: Note)
     wide = [{role: array.astype(np.float64) for role, array in state.arrays().items()} for state in states]
 
     def mean_of(role: str) -> NDArray:
-        return np.sum([share * arrays[role] for share, arrays in zip(shares, wide, strict=True)], axis=0)
+        parts = [share * arrays[role] for share, arrays in zip(shares, wide, strict=True)]
+        return np.asarray(np.sum(parts, axis=0))
 
     counters = [int(state.num_updates) for state in states if state.num_updates is not None]
     mean = mean_of("moving_mean")

@@ -65,6 +65,7 @@ def population(model: Any, batches: Iterable[NDArray], names: str | Iterable[str
     tracked = {name: spec for name, spec in tracked.items() if spec.track_moving_stats}
     sums = {name: Moments.none(spec.num_features) for name, spec in tracked.items()}
     before, count = reach.read(model), 0
+    moved: set[str] = set()
     try:
         for batch in batches:
             run = reach.run(model, np.asarray(batch), training=True, capture=True)

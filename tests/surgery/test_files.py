@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from bnlayer import cli
 from bnlayer.checkpoint import Checkpoint, CheckpointError, Tensor
-from bnlayer.cli import main
 from bnlayer.surgery.average import average
 from bnlayer.surgery.diff import diff
 from bnlayer.surgery.freeze import freeze
@@ -68,7 +70,8 @@ def bn(seed: int = 0) -> dict[str, Any]:
 OLD = bn()
 MISTAKES: dict[str, dict[str, Any]] = {
     "at-start": {"bn1.running_mean": np.zeros(4, "f4"), "bn1.running_var": np.ones(4, "f4")},
-    "mean-and-variance-swapped": {"bn1.running_mean": OLD["bn1.running_var"], "bn1.running_var": OLD["bn1.running_mean"]},
+    "mean-and-variance-swapped": {"bn1.running_mean": OLD["bn1.running_var"],
+                                  "bn1.running_var": OLD["bn1.running_mean"]},
     "gamma-and-beta-swapped": {"bn1.weight": OLD["bn1.bias"], "bn1.bias": OLD["bn1.weight"]},
     "beta-read-as-gamma": {"bn1.weight": OLD["bn1.bias"]},
     "sign": {"bn1.bias": -OLD["bn1.bias"]},
@@ -131,7 +134,15 @@ def test_freeze_has_the_tensors_of_a_frozen_one():
         freeze(bare)
 
 
-def test_commands(tmp_path: Path):
+def registered(*, group: str) -> list[EntryPoint]:
+    """What pyproject.toml registers, which an installation may not have yet."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    points = tomllib.loads(text)["project"]["entry-points"].get(group, {})
+    return [EntryPoint(name, value, group) for name, value in points.items()]
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "entry_points", registered)
     a, b, c = (str(tmp_path / name) for name in ("a.pt", "b.pt", "c.pt"))
     checkpoint().save(a)
     checkpoint(1).save(b)
@@ -148,7 +159,7 @@ def test_commands(tmp_path: Path):
         (["set-epsilon", a, str(tmp_path / "g.pt"), "1e-3", "--from", "1e-5"], 1),
         (["freeze", a, str(tmp_path / "h.pt"), "--from", "1e-5"], 0),
     ):
-        result = run(main, command)
+        result = run(cli.main, command)
         assert result.exit_code == code, (command, result.output)
-    report = json.loads(run(main, ["diff", a, b, "--json"]).output)
+    report = json.loads(run(cli.main, ["diff", a, b, "--json"]).output)
     assert report["same"] is False and {layer["name"] for layer in report["layers"]} == {"conv1", "conv2", "bn1", "bn2"}
