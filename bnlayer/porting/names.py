@@ -70,15 +70,28 @@ def rules(
         source_class, target_class: what must be equal in a pair: kind and shape.
         in_order: whether pairs keep the order in which the layers come.
     """
+    forward = _search(source, target, source_class, target_class, in_order)
+    backward = _search(target, source, target_class, source_class, lambda pairs: in_order([(s, t) for t, s in pairs]))
+    # A rule may be one only when read the other way: BasicBlock_5 is stages.2.layers.1, whatever came before.
+    inverted = [Rule(rule.target, rule.source, {s: t for t, s in rule.pairs.items()}) for rule in backward]
+    distinct = {frozenset(rule.pairs.items()): rule for rule in [*forward, *inverted]}
+    return _unopposed(list(distinct.values()))
+
+
+def _search(
+    source: Mapping[str, Name], target: Mapping[str, Name], source_class: Mapping[str, Hashable],
+    target_class: Mapping[str, Hashable], in_order: Callable[[Sequence[tuple[str, str]]], bool],
+) -> list[Rule]:  # fmt: skip
+    """The best rules between any two patterns, the source's numbers deciding the target's."""
     froms, tos = _grouped(source), _grouped(target)
     found = []
     for pattern, here in froms.items():
         for goal, there in tos.items():
             classes = {target_class[t] for t in there}
-            if len(here[0:]) >= _FEWEST and any(source_class[s] in classes for s in here):
+            if len(here) >= _FEWEST and any(source_class[s] in classes for s in here):
                 best = _best(here, there, source, target, source_class, target_class, in_order)
                 found += [Rule(pattern, goal, pairs) for pairs in best]
-    return _unopposed(found)
+    return found
 
 
 def _grouped(names: Mapping[str, Name]) -> dict[str, list[str]]:

@@ -214,9 +214,11 @@ def units_of(checkpoint: Checkpoint, *, dialect: str | None = None, **options: A
             taken |= set(made.parts.values() if isinstance(made, Unit) else made.tensors)
             (units if isinstance(made, Unit) else strange).append(made)  # type: ignore[arg-type]
     rest = [name for name in checkpoint if name not in taken]
-    harmless = [name for name in rest if _HARMLESS.search(name)]
+    # Equinox files hold a module's own numbers and flags too, such as a dropout's rate: settings, no weights.
+    numbers = {name for name in rest if dialect == "equinox" and not checkpoint.tensors[name].shape}
+    harmless = [name for name in rest if name in numbers or _HARMLESS.search(name)]
     strange += [Strange(name, (name,), "it is no weight of the model", harmless=True) for name in harmless]
-    left = {name: averaged.get(name, name) for name in rest if not _HARMLESS.search(name)}
+    left = {name: averaged.get(name, name) for name in rest if name not in harmless}
     for made in _by_names(checkpoint, left, dialect, place, aliases):
         (units if isinstance(made, Unit) else strange).append(made)  # type: ignore[arg-type]
     units.sort(key=lambda unit: unit.order)
