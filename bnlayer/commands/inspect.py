@@ -39,7 +39,7 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> dict[str
 @click.option("--ema", type=click.Choice(["raw", "ema"]), default="raw", show_default=True,
               help="Of TensorFlow's twins: the variables, or their moving averages.")  # fmt: skip
 @click.option("--names", callback=_names, metavar="ROLE=WORD,...",
-              help="For hand-written layers: the words that the file has for gamma, moving_mean and so on.")  # fmt: skip
+              help="For hand-written layers: the words that the file has for gamma, moving_mean, ....")  # fmt: skip
 @click.option("--template", type=click.Path(path_type=Path), metavar="FILE",
               help="For a file without names (.eqx): a checkpoint with the names, shapes and order.")  # fmt: skip
 @click.option("--module-stubs", is_flag=True,
