@@ -136,7 +136,8 @@ def _show(document: Mapping[str, Any]) -> None:
     else:
         click.echo(f"{title}\n\nNo batch norm was found. {_HINTS.get(document['format'], _HINT)}")
     for one in document["ambiguous"]:
-        _say(f"\n{click.style('UNCLEAR', fg='yellow', bold=True)} {one['name']}: {one['reason']}")
+        click.echo()
+        _say("UNCLEAR", f" {one['name']}: {one['reason']}", color="yellow")
     _show_diagnoses(document["diagnoses"])
 
 
@@ -166,7 +167,7 @@ def _table(batch_norms: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], l
         notes.append("A value with ? is not in the file: it is the framework's default, assumed.")
     if any(unsure):
         which = "One whose name has ?" if mixed else "Each"
-        notes.append(f"{which} may be another kind of layer with the same names: see --json, docs/checkpoints.md.")
+        notes.append(f"{which} may be another kind of layer, such as an InstanceNorm, with tensors of the same names.")
     return columns, rows, "\n".join(notes)
 
 
@@ -181,14 +182,16 @@ def _show_diagnoses(diagnoses: Sequence[Mapping[str, str]]) -> None:
         seen[code] += 1
         if seen[code] > _SHOWN:
             continue
-        head = click.style(severity.upper(), fg={"error": "red", "warning": "yellow"}.get(severity), bold=True)
         many = f", and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
-        where = f"{', '.join(layers[:_SHOWN])}{many} " if any(layers) else ""
-        _say(f"\n{head} {where}({code}): {message}")
+        where = f" {', '.join(layers[:_SHOWN])}{many}" if any(layers) else ""
+        click.echo()
+        _say(
+            severity.upper(), f"{where} ({code}): {message}", color={"error": "red", "warning": "yellow"}.get(severity)
+        )
         remedy = next(d["remedy"] for d in diagnoses if d["code"] == code and d["message"] == message)
         if remedies.get(code) != remedy:
             remedies[code] = remedy
-            _say(f"  What to do: {remedy}")
+            _say("  What to do:", f" {remedy}")
     for code, count in seen.items():
         if count > _SHOWN:
             click.echo(f"\n... and {count - _SHOWN} more of {code}; --json has them all")
@@ -197,15 +200,13 @@ def _show_diagnoses(diagnoses: Sequence[Mapping[str, str]]) -> None:
     click.echo(f"\n{', '.join(parts) or 'Nothing to report'}.")
 
 
-def _say(text: str) -> None:
-    """A paragraph, wrapped at the table's width; its further lines are indented."""
+def _say(head: str, text: str, *, color: str | None = None) -> None:
+    """A paragraph, wrapped at the table's width with its further lines indented; its head bold where it is colored."""
     from .tables import WIDTH
 
     width = min(WIDTH, get_terminal_size((WIDTH, 24)).columns)
-    blank, paragraph = text[: len(text) - len(text.lstrip("\n"))], text.lstrip("\n")
-    indent = " " * (len(paragraph) - len(paragraph.lstrip()) + 2)
-    wrapped = wrap(paragraph, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    click.echo(blank + "\n".join(wrapped))
+    lines = wrap(head + text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    click.echo("\n".join(lines).replace(head, click.style(head, fg=color, bold=color is not None), 1))
 
 
 def _count(number: int, noun: str) -> str:
