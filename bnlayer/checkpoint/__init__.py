@@ -59,8 +59,9 @@ def save(checkpoint: Checkpoint, path: str | Path, format: str | None = None, *,
     module = named(path, format).load()
     if not checkpoint:
         raise CheckpointError(f"{path}: there is no tensor in the checkpoint that would be written there.")
-    if hasattr(module, "save"):
-        module.save(checkpoint, path, force=force)
+    save_all = getattr(module, "save", None)  # of a format whose checkpoint is several files
+    if save_all is not None:
+        save_all(checkpoint, path, force=force)
         return
     with replacing(path, force=force) as new:
         module.write(checkpoint, new)
