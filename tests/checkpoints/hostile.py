@@ -346,6 +346,12 @@ CASES: dict[str, tuple[Maker, str]] = {
     "torch-cut": (cut("x.pt", "torch", 0.6), "damaged"),
     "torch-big-endian": (
         raw("x.pt", zipped({"m/data.pkl": tensor_pickle(), "m/byteorder": b"big", "m/data/0": bytes(16)})), "little-endian"),
+    "torch-number-too-long": (
+        raw("x.pt", torch_zip(b"\x80\x02}\x8b" + struct.pack("<i", 6000) + b"\x7f" * 6000 + b"K\x01s.")), "47999 bits"),
+    "torch-key-nested": (raw("x.pt", torch_zip(b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.")), "nested too deep"),
+    "torch-shape-nested": (
+        raw("x.pt", torch_zip(tensor_pickle(shape=")" + "\x85" * 50_000), ZEROS)), "nested too deep"),
+    "haiku-key-nested": (raw("x.pkl", b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."), "nested too deep"),
     "torch-tensor-of-nothing": (
         raw("x.pt", torch_zip(b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n)Rs.")), "over a storage"),
     "torch-script": (raw("x.pt", zipped({"m/data.pkl": tensor_pickle(), "m/code/a.py": b"", "m/data/0": bytes(16)})),
