@@ -95,7 +95,7 @@ def checkpoint_of(
         if not options.module_stubs:
             raise CheckpointError(
                 f"{place}: it is a whole module ({_class_of(model)}) and not a state_dict; read it with"
-                " module_stubs=True, which takes its parameters and settings as data and runs none of its code."
+                " module_stubs=True (--module-stubs): its parameters and settings are data, and none of its code runs."
             )
         leaves = list(_module_leaves(model, place, modules))
     else:

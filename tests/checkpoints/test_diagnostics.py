@@ -150,6 +150,17 @@ def test_a_layernorm_is_not_taken_for_a_batch_norm_that_lost_its_statistics(tmp_
     assert codes(tmp_path, bn=healthy(), ln=other, norm=other, **{"encoder.layer_norm": other}) == {}
 
 
+def test_an_optimizer_s_averages_are_no_batch_norms_that_lost_their_statistics(tmp_path: Path) -> None:
+    arrays = {f"params/BatchNorm_0/{leaf}": np.ones(4, np.float32) for leaf in ("scale", "bias")}
+    arrays |= {f"opt_state/0/mu/BatchNorm_0/{leaf}": np.ones(4, np.float32) for leaf in ("scale", "bias")}
+    rng = np.random.default_rng(0)
+    arrays["batch_stats/BatchNorm_0/mean"] = rng.normal(0, 1, 4).astype(np.float32)
+    arrays["batch_stats/BatchNorm_0/var"] = rng.lognormal(0, 0.5, 4).astype(np.float32)
+    np.savez(tmp_path / "state.npz", **arrays)
+    opened = checkpoint.open(tmp_path / "state.npz")
+    assert [d.code for d in diagnose(opened.batch_norms(), opened) if d.severity == "error"] == []
+
+
 def test_inverted_momentum_is_told_where_the_decay_is_known() -> None:
     arrays = {f"bn.{n}": Tensor.of(a) for n, a in healthy().items()}
     found = Checkpoint("torch", arrays, order_is_meaningful=True)

@@ -19,10 +19,14 @@ MB = 2**20
 LARGE = 500 * MB
 WRITTEN = 320 * MB  # enough to tell whether a tensor or all of them are held
 MOST = 150 * MB  # what inspecting a file may take, all of Python and NumPy included
+# Linux's ru_maxrss begins at the peak of the process that this one was forked from; VmHWM is its own.
 PEAK = """
-import resource, sys
-unit = 1 if sys.platform == "darwin" else 1024
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+import pathlib, re, resource, sys
+status = pathlib.Path("/proc/self/status")
+if status.exists():
+    print(int(re.search(r"VmHWM:\\s*(\\d+) kB", status.read_text())[1]) * 1024)
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 """
 
 
