@@ -40,7 +40,7 @@ NEEDS = {
 GROUPS = ("frameworks", "peers", "files", "examples", "test", "lint")  # of what the session `tests` installs
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 CORPUS = "BNLAYER_CORPUS"  # names the folder of checkpoints that the frameworks made, where they lie ready
-ABSENT = "from importlib.util import find_spec; import sys; sys.exit(' '.join(filter(find_spec, sys.argv[1:])))"
+ABSENT = "from importlib.util import find_spec; import sys; sys.exit(' '.join(filter(find_spec, sys.argv[1:])) or 0)"
 CHECKS: list[Command] = [({}, command.split()) for command in ("ruff check", "ruff format --check", "mypy", "pyright")]
 
 
@@ -127,7 +127,7 @@ def make_corpus(session: nox.Session) -> None:
     session.notify("reading")
     if CORPUS in os.environ:
         return
-    folder = Path(session.create_tmp()) / "corpus"
+    folder = Path(session.create_tmp()).resolve() / "corpus"
     rmtree(folder, ignore_errors=True)
     session.run("python", str(ROOT / "tests" / "checkpoints" / "corpus.py"), "all", str(folder), env=ENVIRONMENT)
     os.environ[CORPUS] = str(folder)  # for all that runs from here on, `reading` too

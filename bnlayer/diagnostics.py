@@ -32,6 +32,8 @@ _LARGEST_HALF: Final = 65504.0
 _ENOUGH: Final = 8
 _STATISTICS: Final = {"var", "running_var", "moving_variance", "batch_hidden_variance", "ema_variance"}
 _NAMED_LIKE_ONE: Final = re.compile(r"(batch_?norm(alization)?|(^|[._/])bn)(_?\d+)?([a-z])?$", re.IGNORECASE)
+# An optimizer's averages of the parameters are named as these are, below a name of its own.
+_OPTIMIZERS: Final = re.compile(r"(^|[./])(opt_state|optimizer)[./]")
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ def _absent(checkpoint: Checkpoint, found: set[str]) -> Iterator[Diagnosis]:
         owners.setdefault(owner, set()).add(leaf)
     for owner, leaves in owners.items():
         named = _NAMED_LIKE_ONE.search(split(owner)[1] or owner) or "num_batches_tracked" in leaves
-        if named and owner not in found and not _STATISTICS & leaves:
+        if named and owner not in found and not _STATISTICS & leaves and not _OPTIMIZERS.search(owner):
             parameters = leaves & {"weight", "bias", "gamma", "beta", "scale", "offset", "num_batches_tracked"}
             plain = owner.split("params/", 1)[-1]
             if parameters and not any(plain == name.split("/", 1)[-1] or plain == name for name in found):

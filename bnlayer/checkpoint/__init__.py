@@ -39,7 +39,11 @@ def open(
         OSError: it is not there, or may not be read.
     """
     path = Path(path)
-    return detected(path).load().read(path, Options(key=key, module_stubs=module_stubs, template=template))
+    options = Options(key=key, module_stubs=module_stubs, template=template)
+    try:
+        return detected(path).load().read(path, options)
+    except RecursionError as error:  # as where a message shows a part of the file
+        raise CheckpointError(f"{path}: something in it is nested too deep.") from error
 
 
 def save(checkpoint: Checkpoint, path: str | Path, format: str | None = None, *, force: bool = False) -> None:
@@ -59,8 +63,9 @@ def save(checkpoint: Checkpoint, path: str | Path, format: str | None = None, *,
     module = named(path, format).load()
     if not checkpoint:
         raise CheckpointError(f"{path}: there is no tensor in the checkpoint that would be written there.")
-    if hasattr(module, "save"):
-        module.save(checkpoint, path, force=force)
+    save_all = getattr(module, "save", None)  # of a format whose checkpoint is several files
+    if save_all is not None:
+        save_all(checkpoint, path, force=force)
         return
     with replacing(path, force=force) as new:
         module.write(checkpoint, new)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import IO, Any, Final
 
 from ..errors import CheckpointError
 from .source import Source
@@ -20,6 +21,7 @@ _DAMAGE: Final = (
 # What is stored in so much less room than it declares is a bomb, where it is large enough to do harm.
 _SMALL: Final = 64 * 2**20
 _RATIO: Final = 100
+_LOCAL_HEADER: Final = struct.Struct("<4s22xHH")  # its signature; the lengths of the name and the extra field after it
 
 
 @contextmanager
@@ -83,3 +85,71 @@ def whole(archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Source, most:
     if len(data) != info.file_size:
         source.refuse(info.filename, f"it has {len(data)} bytes, and declares {info.file_size}")
     return data
+
+
+class Window(io.RawIOBase):
+    """A part of a file as a file of its own, read in any order.
+
+    What zipfile opens reads all that lies before a place anew whenever it is set back.
+    """
+
+    def __init__(self, file: IO[bytes], begin: int, length: int) -> None:
+        """See `length` bytes of `file` from `begin`."""
+        self._file, self._begin, self._length, self._at = file, begin, length, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Where it stands."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Go to a place, before the window's beginning excepted.
+
+        Raises:
+            ValueError: it is before the beginning.
+        """
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if at < 0:
+            raise ValueError(f"place {at} is before the beginning")
+        self._at = at
+        return at
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill the buffer, as far as the window goes."""
+        view = memoryview(buffer).cast("B")
+        self._file.seek(self._begin + self._at)
+        data = self._file.read(max(0, min(len(view), self._length - self._at)))
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def window(info: zipfile.ZipInfo, file: IO[bytes], source: Source) -> Window:
+    """A member that is stored uncompressed, to be read here and there.
+
+    Args:
+        info: the member.
+        file: the archive's file, open.
+        source: the same file.
+
+    Raises:
+        CheckpointError: it does not lie in the file, or is compressed.
+    """
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        source.refuse(info.filename, "it is compressed, or its two sizes differ")
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_HEADER.size)
+    if len(header) != _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+        source.refuse(info.filename, "there is no member where the archive's directory says")
+    _, name, extra = _LOCAL_HEADER.unpack(header)
+    begin = info.header_offset + _LOCAL_HEADER.size + name + extra
+    if begin + info.file_size > source.size:
+        source.refuse(info.filename, f"bytes {begin} to {begin + info.file_size} are not all in the file")
+    return Window(file, begin, info.file_size)

@@ -12,11 +12,10 @@ NDArray = np.ndarray[Any, np.dtype[Any]]
 
 
 def from_batch_mode(mean: NDArray, variance: NDArray, updates: int, decay: float) -> dict[str, NDArray]:
-    """mode="batch": hidden averages that start at 0 and 1, and a counter t.
+    """mode="batch": hidden averages and a counter t, from which the averages follow: hidden / (1 - d^t).
 
-    After t updates a start at s weighs d^t still. So the averages of the batches alone are `mean / (1 - d^t)` and
-    `(variance - d^t) / (1 - d^t)`; the hidden variance that starts at 0, as ours does, is `variance - d^t`. Equinox
-    itself divides `variance` as if it had started at 0, and its eval sees variances that are d^t / (1 - d^t) too large.
+    Equinox's hidden variance starts at 1, not at 0, and is divided all the same: after few updates the variances that
+    it evaluates with are d^t / (1 - d^t) larger than the batches'. What it evaluates with is what is returned.
 
     Args:
         mean, variance: as stored, of shape (num_features,).
@@ -25,27 +24,21 @@ def from_batch_mode(mean: NDArray, variance: NDArray, updates: int, decay: float
 
     Returns:
         moving_mean, moving_variance, hidden_mean, hidden_variance; in the stored dtype. At t = 0 the moving ones are
-        the stored ones, with which Equinox evaluates then.
+        the stored ones, with which Equinox evaluates then, and nothing has entered the hidden ones.
     """
-    wide_mean, wide_variance = mean.astype(np.float64), variance.astype(np.float64)
     if updates == 0:
-        moving, hidden = (wide_mean, wide_variance), (np.zeros_like(wide_mean), np.zeros_like(wide_mean))
+        moving, hidden = (mean, variance), (np.zeros_like(mean), np.zeros_like(mean))
     else:
-        left = decay**updates
         share = -math.expm1(updates * math.log(decay)) if decay > 0 else 1.0
-        debiased = wide_variance - left
-        # A batch without variance leaves d^t, in the rounding of t products.
-        rounding = 2 * updates * float(np.finfo(np.float32).eps) * left
-        debiased[(debiased < 0) & (debiased >= -rounding)] = 0.0
-        hidden = (wide_mean, debiased)
-        moving = (wide_mean / share, debiased / share)
-    arrays = {
+        moving = ((mean.astype(np.float64) / share).astype(mean.dtype),
+                  (variance.astype(np.float64) / share).astype(mean.dtype))  # fmt: skip
+        hidden = (mean, variance)
+    return {
         "moving_mean": moving[0],
         "moving_variance": moving[1],
         "hidden_mean": hidden[0],
         "hidden_variance": hidden[1],
     }
-    return {role: array.astype(mean.dtype) for role, array in arrays.items()}
 
 
 def from_ema_mode(arrays: Mapping[str, NDArray], first_time: bool) -> dict[str, NDArray]:

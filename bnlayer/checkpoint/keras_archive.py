@@ -11,9 +11,10 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
+from zipfile import ZIP_STORED
 
 from . import hdf5
-from .archive import members, opened, whole
+from .archive import members, opened, whole, window
 from .checkpoint import Checkpoint
 from .formats import Options
 from .keras_h5 import checkpoint_of
@@ -22,6 +23,7 @@ from .strict import strict_json
 
 _WEIGHTS: Final = "model.weights.h5"
 _LONGEST_CONFIG: Final = 2**26
+_LARGEST_UNPACKED: Final = 2**32
 
 
 def read(path: Path, options: Options) -> Checkpoint:
@@ -33,12 +35,15 @@ def read(path: Path, options: Options) -> Checkpoint:
             source.refuse("", f"config.json and {_WEIGHTS} were expected in it; it has {', '.join(list(inside)[:20])}")
         config = strict_json(whole(archive, inside["config.json"], source, _LONGEST_CONFIG), f"{path}: config.json")
 
+        # HDF5 reads here and there, and what is compressed can only be read forward: that is taken to memory, once.
+        weights = inside[_WEIGHTS]
+        stored = weights.compress_type == ZIP_STORED
+        unpacked = b"" if stored else whole(archive, weights, source, _LARGEST_UNPACKED)
+
     @contextmanager
     def reopen() -> Iterator[Any]:
-        with opened(source) as archive, archive.open(_WEIGHTS) as member:
-            # HDF5 reads here and there, and a zip's member only forward where it is compressed.
-            info = archive.getinfo(_WEIGHTS)
-            stream: Any = member if info.compress_type == 0 else BytesIO(whole(archive, info, source, 2**32))
+        with source.open() as file:
+            stream = window(weights, file, source) if stored else BytesIO(unpacked)
             with hdf5.opened(source, stream) as root:
                 yield root
 

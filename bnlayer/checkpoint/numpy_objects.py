@@ -64,7 +64,8 @@ def _dtype(record: Any, place: str) -> np.dtype[Any]:
         return BY_NAME[code]
     if not isinstance(code, str) or len(code) > 8 or code[:1] not in "biufc":
         raise CheckpointError(f"{place}: its dtype {code!r} is not one of numbers.")
-    order = record.state[1] if isinstance(record.state, tuple) and len(record.state) > 1 else "="
+    state = record.state if isinstance(record, Call) else None
+    order = state[1] if isinstance(state, tuple) and len(state) > 1 else "="
     return np.dtype(code).newbyteorder(">" if order == ">" else "<")
 
 

@@ -69,6 +69,9 @@ class _Mark:
 
 _MARK: Final = _Mark()
 _NOTHING: Final = object()
+_MOST_BITS: Final = 1024  # random states have numbers of 128; Python refuses to print much longer ones
+_DEEPEST_KEY: Final = 8
+_MOST_MEMBERS: Final = 1000  # of a key that is a tuple, on one level
 _CONSTANTS: Final[dict[str, Callable[[], Any]]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -113,6 +116,8 @@ class Reader:
 
     def _step(self, name: str, argument: Any) -> None:
         if name in _VALUES:
+            if isinstance(argument, int) and argument.bit_length() > _MOST_BITS:
+                self._refuse(f"it has a number of {argument.bit_length()} bits")
             self._stack.append(argument)
         elif name in _CONSTANTS:
             self._stack.append(_CONSTANTS[name]())
@@ -198,7 +203,7 @@ class Reader:
         self._stack.append(dict(_pairs(self._to_mark())))
 
     def _do_frozenset(self, _: Any) -> None:
-        self._stack.append(frozenset(self._to_mark()))
+        self._stack.append(frozenset(map(_key, self._to_mark())))
 
     def _do_append(self, _: Any) -> None:
         self._extend([self._pop()])
@@ -220,7 +225,7 @@ class Reader:
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
-            target.update(values)
+            target.update(map(_key, values))
         elif isinstance(target, Call):
             target.elements.extend(values)
         else:
@@ -275,4 +280,14 @@ class Reader:
 def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
     if len(values) % 2:
         raise ValueError("a key has no value")
-    return zip(values[::2], values[1::2], strict=True)
+    return zip(map(_key, values[::2]), values[1::2], strict=True)
+
+
+def _key(value: Any) -> Any:
+    """What is to be hashed: Python hashes a tuple in a tuple by recursion in C, without a limit."""
+    level, depth = [value], 0
+    while level := [member for one in level if isinstance(one, tuple) for member in one]:
+        depth += 1
+        if depth > _DEEPEST_KEY or len(level) > _MOST_MEMBERS:
+            raise ValueError("a key is a tuple that is nested too deep or too large")
+    return value

@@ -131,8 +131,9 @@ def _write(checkpoint: Checkpoint, prefix: Path, count: int, place: Path) -> Non
     header = protobuf.encode([(1, VARINT, count), (3, BYTES, protobuf.encode([(1, VARINT, 1)]))])
     entries, offset = [(b"", header)], 0
     graph = object_graph(checkpoint.tensors, checkpoint.metadata.get("full_names", {}))
+    names: list[str] = [*checkpoint.tensors, *([_GRAPH] if graph else [])]
     with _shard(prefix, 0, count).open("xb") as file:
-        for name in sorted([*checkpoint.tensors, *([_GRAPH] if graph else [])], key=str.encode):
+        for name in sorted(names, key=lambda name: name.encode()):
             shape: tuple[int, ...] = ()
             if name == _GRAPH:
                 dtype, (raw, crc) = _STRING, _string(graph)

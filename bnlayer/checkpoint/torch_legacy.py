@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from .checkpoint import Checkpoint
 from .formats import Options
-from .pickles import Call, Persistent, Reader
+from .pickles import Call, Global, Persistent, Reader
 from .source import Bounded, Source
 from .torch_objects import DTYPES, STORAGES, checkpoint_of
 
@@ -63,10 +63,10 @@ def _widths(root: Any) -> Mapping[str, int]:
             continue
         seen.add(id(node))
         if isinstance(node, Persistent):
-            kind = node.identity[1] if isinstance(node.identity, tuple) and len(node.identity) > 2 else None
-            name = STORAGES.get(getattr(kind, "name", ""), "")
+            _, kind, key, *_ = (*node.identity, None, None, None) if isinstance(node.identity, tuple) else (None,) * 3
+            name = STORAGES.get(kind.name, "") if isinstance(kind, Global) else ""
             if name in DTYPES:
-                widths[str(node.identity[2])] = DTYPES[name].itemsize
+                widths[str(key)] = DTYPES[name].itemsize
         elif isinstance(node, Call):
             stack += [*node.arguments, node.state, *node.items.values(), *node.elements]
         elif isinstance(node, dict):

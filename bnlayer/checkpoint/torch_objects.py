@@ -95,7 +95,7 @@ def checkpoint_of(
         if not options.module_stubs:
             raise CheckpointError(
                 f"{place}: it is a whole module ({_class_of(model)}) and not a state_dict; read it with"
-                " module_stubs=True, which takes its parameters and settings as data and runs none of its code."
+                " module_stubs=True (--module-stubs): its parameters and settings are data, and none of its code runs."
             )
         leaves = list(_module_leaves(model, place, modules))
     else:
@@ -144,7 +144,7 @@ def stored_tensor(leaf: Any, place: str) -> StoredTensor | None:
 
 
 def _view(arguments: tuple[Any, ...], dtype: Any, place: str) -> StoredTensor:
-    storage, *numbers = arguments[:4]
+    storage, *numbers = arguments[:4] or (None,)
     identity = storage.identity if isinstance(storage, Persistent) else None
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage" or len(numbers) != 3:
         raise CheckpointError(f"{place}: the pickle does not describe a tensor over a storage.")
@@ -281,14 +281,18 @@ def _module_leaves(root: Call, place: str, layers: list[Layer]) -> Iterator[tupl
             continue
         state = module.state
         parameters, buffers, modules = (_children(state[k]) or {} for k in ("_parameters", "_buffers", "_modules"))
-        hidden = state.get("_non_persistent_buffers_set")
-        unsaved = (
-            set(map(str, hidden.arguments[0])) if isinstance(hidden, Call) and hidden.arguments else set(hidden or ())
-        )
+        unsaved = _members(state.get("_non_persistent_buffers_set"))
         own = {str(n): leaf for n, leaf in {**parameters, **buffers}.items() if leaf is not None and n not in unsaved}
         layers.append(_layer(prefix.removesuffix("."), module, own))
         yield from ((prefix + name, leaf) for name, leaf in own.items())
         stack += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(list(modules.items()))]
+
+
+def _members(node: Any) -> set[str]:
+    """The texts in a pickled set: protocol 2 calls `set` with a list. Anything else has none."""
+    if isinstance(node, Call):
+        node = node.arguments[0] if node.arguments else None
+    return {member for member in node if isinstance(member, str)} if isinstance(node, (set, frozenset, list)) else set()
 
 
 def _layer(name: str, module: Call, own: Mapping[str, Any]) -> Layer:

@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any, Final, Literal
 
 import click
@@ -15,6 +17,8 @@ from bnlayer.errors import CheckpointError
 
 _SHOWN: Final = 20  # findings of one kind, and rows of the table, before the rest is counted
 _TOLD: Final = ("epsilon", "decay", "moving_variance_estimator")
+_HINT: Final = "If it has hand-written ones, give what it calls their tensors: --names (see --help)."
+_HINTS: Final = {"equinox": "An Equinox file has no names: give a checkpoint that has them, --template (see --help)."}
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, str] | None:
@@ -35,13 +39,14 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> dict[str
 @click.option("--ema", type=click.Choice(["raw", "ema"]), default="raw", show_default=True,
               help="Of TensorFlow's twins: the variables, or their moving averages.")  # fmt: skip
 @click.option("--names", callback=_names, metavar="ROLE=WORD,...",
-              help="The file's own words for hand-written layers: gamma=scale,beta=offset,moving_mean=pop_mean,"
-              "moving_variance=pop_var.")  # fmt: skip
+              help="For hand-written layers: the words that the file has for gamma, moving_mean, ....")  # fmt: skip
 @click.option("--template", type=click.Path(path_type=Path), metavar="FILE",
               help="For a file without names (.eqx): a checkpoint with the names, shapes and order.")  # fmt: skip
 @click.option("--module-stubs", is_flag=True,
               help="Read a whole pickled torch module: settings are taken as data, none of its code runs.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print everything as JSON: every layer, spec, source and finding."
+)
 def command(
     file: Path,
     key: str | None,
@@ -62,6 +67,7 @@ def command(
       bnlayer inspect resnet50.weights.h5
       bnlayer inspect training.pt --key model_ema
       bnlayer inspect old.ckpt.index --ema ema --json
+      bnlayer inspect mine.npz --names gamma=scale,beta=offset,moving_mean=mu,moving_variance=var
 
     \b
     Exit codes: 0 nothing to report but warnings and notes; 1 an error was diagnosed; 2 usage;
@@ -119,56 +125,92 @@ def _show(document: Mapping[str, Any]) -> None:
     from .tables import show
 
     batch_norms = document["batch_norms"]
-    order = (
-        "in the model's order" if document["order_is_meaningful"] else "in an order that says nothing of the model's"
-    )
-    title = f"{document['format']}: {_size(document['size'])}, {document['tensors']} tensors {order}"
+    order = "in the model's order" if document["order_is_meaningful"] else "not in the model's order"
+    title = f"{document['format']}: {_size(document['size'])}, {_count(document['tensors'], 'tensor')}, {order}"
     if batch_norms:
-        rows: list[tuple[str, ...]] = [_row(one) for one in batch_norms]
-        same = {row[3:] for row in rows}
-        channels = sum(one["num_features"] for one in batch_norms)
-        note = f"{len(batch_norms)} batch norm{'s' if len(batch_norms) > 1 else ''}, {channels} channels."
-        if any("?" in cell for row in rows for cell in row):
-            note += " A value with ? is not in the file: it is the framework's default, assumed."
+        columns, rows, note = _table(batch_norms)
         if len(rows) > 2 * _SHOWN:
             left = len(rows) - 2 * _SHOWN
-            rows = [*rows[:_SHOWN], ("...", f"{left} more", *[""] * (len(rows[0]) - 2)), *rows[-_SHOWN:]]
-        columns: tuple[str, ...] = ("batch norm", "channels", "lacks", *_TOLD)
-        if len(same) == 1 and len(rows) > 1:
-            note += " All: " + ", ".join(f"{n} {v}" for n, v in zip(_TOLD, next(iter(same)), strict=True)) + "."
-            rows, columns = [row[:3] for row in rows], columns[:3]
+            rows = [*rows[:_SHOWN], ("...", f"{left} more", *[""] * (len(columns) - 2)), *rows[-_SHOWN:]]
         show(title, columns, rows, note=note)
     else:
-        click.echo(f"{title}\n\nNo batch norm was found. Of hand-written layers say the words: --names (see --help).")
+        click.echo(f"{title}\n\nNo batch norm was found. {_HINTS.get(document['format'], _HINT)}")
     for one in document["ambiguous"]:
-        click.echo(f"\nUNCLEAR {one['name']}: {one['reason']}")
+        click.echo()
+        _say("UNCLEAR", f" {one['name']}: {one['reason']}", color="yellow")
     _show_diagnoses(document["diagnoses"])
 
 
-def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
-    told = [f"{one['spec'][name]}{'' if one['sources'][name] != 'assumed' else '?'}" for name in _TOLD]
-    kind = "?" if one["sources"]["kind"] == "assumed" else ""
-    return (f"{one['name'] or '(the root)'}{kind}", str(one["num_features"]), ", ".join(one["missing"]), *told)
+def _table(batch_norms: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Columns, rows, and what is said below: what is the same everywhere is said once."""
+    told = [tuple(f"{b['spec'][n]}{'?' if b['sources'][n] == 'assumed' else ''}" for n in _TOLD) for b in batch_norms]
+    unsure = [one["sources"]["kind"] == "assumed" for one in batch_norms]
+    mixed = any(unsure) and not all(unsure)
+    same = len(set(told)) == 1 and len(told) > 1
+    lacking = any(one["missing"] for one in batch_norms)
+    columns = ("batch norm", "channels", *(("lacks",) if lacking else ()), *(() if same else _TOLD))
+    rows = [
+        (
+            f"{one['name'] or '(the root)'}{'?' if mixed and doubted else ''}",
+            str(one["num_features"]),
+            *((", ".join(one["missing"]),) if lacking else ()),
+            *(() if same else values),
+        )
+        for one, doubted, values in zip(batch_norms, unsure, told, strict=True)
+    ]
+    notes = [
+        f"{_count(len(rows), 'batch norm')}, {_count(sum(one['num_features'] for one in batch_norms), 'channel')}."
+    ]
+    if same:
+        notes[0] += f" All: {', '.join(f'{n} {v}' for n, v in zip(_TOLD, told[0], strict=True))}."
+    if any("?" in value for values in told for value in values):
+        notes.append("A value with ? is not in the file: it is the framework's default, assumed.")
+    if any(unsure):
+        which = "One whose name has ?" if mixed else "Each"
+        notes.append(f"{which} may be another kind of layer, such as an InstanceNorm, with tensors of the same names.")
+    return columns, rows, "\n".join(notes)
 
 
 def _show_diagnoses(diagnoses: Sequence[Mapping[str, str]]) -> None:
-    """Each kind once with its remedy, and the layers that have it."""
-    seen: Counter[str] = Counter()
+    """Each finding once with all the layers that have it, each kind's remedy once."""
+    same: dict[tuple[str, str, str], list[str]] = {}
+    remedies: dict[str, str] = {}
     for d in diagnoses:
-        seen[d["code"]] += 1
-        if seen[d["code"]] > _SHOWN:
+        same.setdefault((d["severity"], d["code"], d["message"]), []).append(d["layer"])
+    seen: Counter[str] = Counter()
+    for (severity, code, message), layers in same.items():
+        seen[code] += 1
+        if seen[code] > _SHOWN:
             continue
-        color = {"error": "red", "warning": "yellow"}.get(d["severity"])
-        where = f" {d['layer']}" if d["layer"] else ""
-        click.echo(f"\n{click.style(d['severity'].upper(), fg=color, bold=True)}{where} ({d['code']}): {d['message']}")
-        if seen[d["code"]] == 1:
-            click.echo(f"  What to do: {d['remedy']}")
+        many = f", and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else ""
+        where = f" {', '.join(layers[:_SHOWN])}{many}" if any(layers) else ""
+        click.echo()
+        _say(
+            severity.upper(), f"{where} ({code}): {message}", color={"error": "red", "warning": "yellow"}.get(severity)
+        )
+        remedy = next(d["remedy"] for d in diagnoses if d["code"] == code and d["message"] == message)
+        if remedies.get(code) != remedy:
+            remedies[code] = remedy
+            _say("  What to do:", f" {remedy}")
     for code, count in seen.items():
         if count > _SHOWN:
             click.echo(f"\n... and {count - _SHOWN} more of {code}; --json has them all")
     counts = Counter(d["severity"] for d in diagnoses)
-    parts = [f"{counts[s]} {s}{'s' if counts[s] != 1 else ''}" for s in ("error", "warning", "note") if counts[s]]
+    parts = [_count(counts[severity], severity) for severity in ("error", "warning", "note") if counts[severity]]
     click.echo(f"\n{', '.join(parts) or 'Nothing to report'}.")
+
+
+def _say(head: str, text: str, *, color: str | None = None) -> None:
+    """A paragraph, wrapped at the table's width with its further lines indented; its head bold where it is colored."""
+    from .tables import WIDTH
+
+    width = min(WIDTH, get_terminal_size((WIDTH, 24)).columns)
+    lines = wrap(head + text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    click.echo("\n".join(lines).replace(head, click.style(head, fg=color, bold=color is not None), 1))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(count: float) -> str:

@@ -198,6 +198,10 @@ def linked(path: Path) -> None:
     (path / "params.w" / "0").symlink_to("/etc/hostname")
 
 
+def without_tree(path: Path) -> None:
+    (path / "_METADATA").write_text("{}")
+
+
 def escaping(keys: list[str]) -> Any:
     parts = [{"key": key, "key_type": 2} for key in keys]
     return {"tree_metadata": {"x": {"key_metadata": parts, "value_metadata": {"value_type": "np.ndarray"}}},
@@ -254,6 +258,11 @@ def hdf5_large(root: Any, folder: Path) -> None:
     root.create_dataset("bomb", (10**11,), "f4", chunks=(10**6,))
 
 
+def hdf5_listed(root: Any, folder: Path) -> None:
+    root.attrs["layer_names"] = [b"a"]
+    root.create_group("a").attrs["weight_names"] = [b"a/gamma:0"]
+
+
 def nested_json(depth: int) -> bytes:
     return b"[" * depth + b"]" * depth
 
@@ -269,6 +278,19 @@ def doubled(data: bytes) -> bytes:
 
 def keras(config: bytes, weights: bytes = b"no HDF5") -> bytes:
     return zipped({"config.json": config, "model.weights.h5": weights})
+
+
+def misplaced(data: bytes, member: bytes) -> bytes:
+    """An archive whose directory has a member begin inside of its data."""
+    at = data.rindex(member) - 46 + 42  # a directory entry has 46 bytes before the name; the place is the last
+    (place,) = struct.unpack_from("<I", data, at)
+    return data[:at] + struct.pack("<I", place + 31) + data[at + 4 :]
+
+
+def resized(data: bytes, member: bytes) -> bytes:
+    """An archive whose directory has a plain member unpack to 32 MB."""
+    at = data.rindex(member) - 46 + 24
+    return data[:at] + struct.pack("<I", 2**25) + data[at + 4 :]
 
 
 def nested_pickle(depth: int) -> bytes:
@@ -324,6 +346,14 @@ CASES: dict[str, tuple[Maker, str]] = {
     "torch-cut": (cut("x.pt", "torch", 0.6), "damaged"),
     "torch-big-endian": (
         raw("x.pt", zipped({"m/data.pkl": tensor_pickle(), "m/byteorder": b"big", "m/data/0": bytes(16)})), "little-endian"),
+    "torch-number-too-long": (
+        raw("x.pt", torch_zip(b"\x80\x02}\x8b" + struct.pack("<i", 6000) + b"\x7f" * 6000 + b"K\x01s.")), "47999 bits"),
+    "torch-key-nested": (raw("x.pt", torch_zip(b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.")), "nested too deep"),
+    "torch-shape-nested": (
+        raw("x.pt", torch_zip(tensor_pickle(shape=")" + "\x85" * 50_000), ZEROS)), "nested too deep"),
+    "haiku-key-nested": (raw("x.pkl", b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."), "nested too deep"),
+    "torch-tensor-of-nothing": (
+        raw("x.pt", torch_zip(b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n)Rs.")), "over a storage"),
     "torch-script": (raw("x.pt", zipped({"m/data.pkl": tensor_pickle(), "m/code/a.py": b"", "m/data/0": bytes(16)})),
                      "TorchScript"),
     # safetensors
@@ -364,10 +394,11 @@ CASES: dict[str, tuple[Maker, str]] = {
     "hdf5-bomb": (hdf5(hdf5_large), "declared"),
     "hdf5-cut": (raw("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(100)), "damaged"),
     "hdf5-lists-what-is-not-there": (
-        hdf5(lambda root, _: (root.attrs.__setitem__("layer_names", [b"a"]),
-                              root.create_group("a").attrs.__setitem__("weight_names", [b"a/gamma:0"]))), "does not hold it"),
+        hdf5(hdf5_listed), "does not hold it"),
     "keras-no-weights": (raw("x.keras", zipped({"config.json": b"{}"})), "expected in it"),
     "keras-weights-damaged": (raw("x.keras", keras(b"{}")), "HDF5"),
+    "keras-weights-misplaced": (raw("x.keras", lambda: misplaced(keras(b"{}"), b"model.weights.h5")), "directory says"),
+    "keras-weights-sizes": (raw("x.keras", lambda: resized(keras(b"{}"), b"model.weights.h5")), "sizes differ"),
     "keras-config-nested": (raw("x.keras", keras(nested_json(100_000))), "JSON"),
     # TensorFlow
     "tf-dtype-size": (bundle([(b"a", entry(size=12))]), "does not fit"),
@@ -396,7 +427,7 @@ CASES: dict[str, tuple[Maker, str]] = {
     "orbax-escapes-by-slash": (orbax(lambda _: None, escaping(["../../etc/x"])), "cannot be the name"),
     "orbax-link": (orbax(linked), "link"),
     "orbax-bomb": (orbax(large_zarr), "more than the files can hold"),
-    "orbax-tree": (orbax(lambda p: (p / "_METADATA").write_text("{}") and None), "object was expected"),
+    "orbax-tree": (orbax(without_tree), "object was expected"),
     # ONNX
     "onnx-external": (raw("x.onnx", onnx_model(external="../../etc/passwd")), "another file"),
     "onnx-shape": (raw("x.onnx", onnx_model(dims=2**40)), "does not fit"),

@@ -22,7 +22,7 @@ import sys
 import numpy as np
 from bnlayer.checkpoint import Checkpoint, Tensor, save
 path, format = sys.argv[1:]
-big = {n: np.full(50_000, float(i), np.float32) for i, n in enumerate("abcd")}
+big = {n: np.full(10_000, float(i), np.float32) for i, n in enumerate("abcd")}
 for i in range(10**9):
     tensors = {n: Tensor.of(a * 0 + i % 2) for n, a in big.items()}
     save(Checkpoint("x", tensors, order_is_meaningful=True), path, format, force=True)

@@ -130,9 +130,35 @@ def test_a_wide_range_of_variances_is_healthy(tmp_path: Path) -> None:
     assert codes(tmp_path, bn=healthy(running_var=wide)) == {}
 
 
+def test_any_plausible_statistics_are_healthy(tmp_path: Path) -> None:
+    """A ResNet's 53 batch norms, with wide lognormal variances and gammas here and there below 0."""
+    rng = np.random.default_rng(0)
+    widths = [64 * 2 ** (i // 14) for i in range(53)]
+    layers = {
+        f"layer{i}.bn": {
+            "weight": rng.normal(1, 0.3, n).astype(np.float32), "bias": rng.normal(0, 0.5, n).astype(np.float32),
+            "running_mean": rng.normal(0, 1, n).astype(np.float32),
+            "running_var": rng.lognormal(0, 1.5, n).astype(np.float32), "num_batches_tracked": np.array(5000),
+        }
+        for i, n in enumerate(widths)
+    }  # fmt: skip
+    assert codes(tmp_path, **layers) == {}
+
+
 def test_a_layernorm_is_not_taken_for_a_batch_norm_that_lost_its_statistics(tmp_path: Path) -> None:
     other = {k: v for k, v in healthy(1).items() if k in ("weight", "bias")}
     assert codes(tmp_path, bn=healthy(), ln=other, norm=other, **{"encoder.layer_norm": other}) == {}
+
+
+def test_an_optimizer_s_averages_are_no_batch_norms_that_lost_their_statistics(tmp_path: Path) -> None:
+    arrays = {f"params/BatchNorm_0/{leaf}": np.ones(4, np.float32) for leaf in ("scale", "bias")}
+    arrays |= {f"opt_state/0/mu/BatchNorm_0/{leaf}": np.ones(4, np.float32) for leaf in ("scale", "bias")}
+    rng = np.random.default_rng(0)
+    arrays["batch_stats/BatchNorm_0/mean"] = rng.normal(0, 1, 4).astype(np.float32)
+    arrays["batch_stats/BatchNorm_0/var"] = rng.lognormal(0, 0.5, 4).astype(np.float32)
+    np.savez(tmp_path / "state.npz", **arrays)
+    opened = checkpoint.open(tmp_path / "state.npz")
+    assert [d.code for d in diagnose(opened.batch_norms(), opened) if d.severity == "error"] == []
 
 
 def test_inverted_momentum_is_told_where_the_decay_is_known() -> None:

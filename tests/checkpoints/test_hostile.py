@@ -12,7 +12,7 @@ import pytest
 from bnlayer import checkpoint
 from bnlayer.errors import CheckpointError
 
-from .hostile import CASES, SECRET
+from .hostile import CASES, SECRET, tensor_pickle, torch_zip
 
 LIMIT = 1 << 30  # bytes of address space beyond what importing takes
 
@@ -76,6 +76,22 @@ print(json.dumps(out))
         assert seconds < 20, (name, seconds)
         assert outside == [], (name, outside)
     assert not list(tmp_path.rglob("ran"))
+
+
+@pytest.mark.parametrize(
+    "odd", [b"K\x05", b"N", b"G\x7f\xf8" + bytes(6), b"]](ea", b"cbuiltins\nset\nK\x05\x85R", b"ca\nb\n"],
+    ids=["number", "none", "nan", "list", "set of a number", "class"],
+)  # fmt: skip
+def test_a_module_whose_parts_are_not_what_they_should_be_reads_as_data(odd: bytes, tmp_path: Path) -> None:
+    def text(word: str) -> bytes:
+        return b"X" + len(word).to_bytes(4, "little") + word.encode()
+
+    weight = tensor_pickle()[2:-2]  # without the protocol, and what ends it: a dict of "w"
+    parts = {"_parameters": weight + b"s", "_buffers": b"}", "_modules": b"}", "_non_persistent_buffers_set": odd}
+    state = b"}(" + b"".join(text(name) + part for name, part in parts.items()) + b"u"
+    (tmp_path / "x.pt").write_bytes(torch_zip(b"\x80\x02cnet\nNet\n)\x81" + state + b"b.", {"0": bytes(16)}))
+    found = checkpoint.open(tmp_path / "x.pt", module_stubs=True)
+    assert found["w"].tolist() == [0.0] * 4
 
 
 def test_there_are_enough_of_them() -> None:

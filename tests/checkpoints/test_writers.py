@@ -39,6 +39,22 @@ def test_the_framework_loads_it_with_equal_outputs(framework: str, tmp_path: Pat
     assert len(results) == CHECKS[framework]
 
 
+def test_numpy_loads_an_npz(tmp_path: Path) -> None:
+    arrays = {"a/b": np.arange(6.0).reshape(2, 3).T, "half": np.ones(3, np.float16), "n": np.array(3)}
+    of(**arrays).save(tmp_path / "x.npz")
+    program = """
+import sys
+import numpy as np
+for name, array in np.load(sys.argv[1], allow_pickle=False).items():
+    print(name, array.dtype, array.shape, array.tobytes().hex(), sep=";")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "x.npz")], capture_output=True, text=True, check=True
+    )
+    wanted = [f"{name};{a.dtype};{a.shape};{a.tobytes().hex()}" for name, a in arrays.items()]
+    assert done.stdout.splitlines() == wanted
+
+
 # TensorFlow's several files
 
 

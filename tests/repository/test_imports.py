@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ MAY_IMPORT = {
 }  # fmt: skip
 # What only some files of a package need, by the file's path inside it.
 MAY_ALSO_IMPORT = {
+    # A format's own library, which its module alone brings when a file of that format is opened or written.
+    "bnlayer": [
+        ("checkpoint/flax_msgpack.py", {"msgpack"}),
+        ("checkpoint/hdf5.py", {"h5py"}),
+        ("checkpoint/keras_h5.py", {"h5py"}),
+        ("checkpoint/onnx_model.py", {"onnx", "google"}),
+        ("checkpoint/orbax.py", {"tensorstore"}),
+    ],
     "bnlayer_numpy": [("native_onnxruntime.py", {"onnx", "onnxruntime"})],
     "bnlayer_conformance": [
         ("plugin.py", {"pytest"}),
@@ -55,6 +64,7 @@ HEAVY = {
     "torch", "tensorflow", "tf_keras", "keras", "jax", "jaxlib", "flax", "equinox", "haiku", "optax", "onnx",
     "onnxruntime", "scipy",
 }  # fmt: skip
+FOR_FILES = {"h5py", "msgpack", "onnx", "tensorstore", "google.protobuf"}  # onnx is a conformance target as well
 FOR_AUTHORS = {"pytest", "_pytest", "mpmath", "jsonschema", "hypothesis"}
 
 
@@ -128,6 +138,9 @@ def test_every_package_of_the_repository_is_checked() -> None:
         ("bnlayer", "spec.py", "import bnlayer_numpy", "imports bnlayer_numpy"),
         ("bnlayer", "spec.py", "import bnlayer_conformance.runner", "imports bnlayer_conformance.runner"),
         ("bnlayer", "spec.py", "import importlib\nimportlib.import_module('scipy')", "imports scipy"),
+        ("bnlayer", "checkpoint/npz.py", "import h5py", "imports h5py"),
+        ("bnlayer", "checkpoint/onnx_model.py", "import onnxruntime", "imports onnxruntime"),
+        ("bnlayer", "checkpoint/orbax.py", "from orbax import checkpoint", "imports orbax.checkpoint"),
         ("bnlayer", "spec.py", "from ..backends import x", "leaves the package"),
         ("bnlayer", "commands/x.py", "from ...y import x", "leaves the package"),
         ("bnlayer_torch", "function.py", "from bnlayer_jax import batch_norm", "imports bnlayer_jax.batch_norm"),
@@ -159,6 +172,7 @@ def test_a_planted_violation_is_found(package: str, file: str, code: str, said: 
     [
         ("bnlayer", "spec.py", "from __future__ import annotations\nimport json\nfrom .errors import y"),
         ("bnlayer", "commands/x.py", "from ..errors import y\nimport click\nfrom rich.table import Table"),
+        ("bnlayer", "checkpoint/onnx_model.py", "import onnx\nfrom google.protobuf.message import DecodeError"),
         ("bnlayer_torch", "function.py", "import torch.nn.functional as F\nfrom bnlayer.spec import BatchNormSpec"),
         ("bnlayer_keras", "layer.py", "from bnlayer_jax import batch_norm\nimport bnlayer_torch.function"),
         ("bnlayer_keras", "layer.py", "HOMES = {'jax': 'bnlayer_jax'}\nimport tensorflow"),
@@ -220,13 +234,25 @@ def runner_modules() -> list[str]:
 
 
 def test_importing_bnlayer_imports_no_framework(tmp_path: Path) -> None:
-    assert brought_in(["bnlayer"], HEAVY | FOR_AUTHORS, folder=tmp_path) == ""
+    assert brought_in(["bnlayer"], HEAVY | FOR_FILES | FOR_AUTHORS, folder=tmp_path) == ""
 
 
 def test_no_module_of_the_core_imports_a_framework(tmp_path: Path) -> None:
     modules = modules_of("bnlayer")
-    assert {"bnlayer", "bnlayer.spec", "bnlayer.registry"} <= set(modules)
-    assert brought_in(modules, HEAVY | FOR_AUTHORS, folder=tmp_path) == ""
+    formats = [f"bnlayer.{file.removesuffix('.py').replace('/', '.')}" for file, _ in MAY_ALSO_IMPORT["bnlayer"]]
+    assert {"bnlayer", "bnlayer.spec", "bnlayer.registry", "bnlayer.checkpoint", *formats} <= set(modules)
+    through = {"bnlayer.checkpoint.keras_archive"}  # it reads the HDF5 file that it has inside
+    others = [module for module in modules if module not in {*formats, *through}]
+    assert brought_in(others, HEAVY | FOR_FILES | FOR_AUTHORS, folder=tmp_path) == ""
+
+
+def test_no_format_imports_a_framework(tmp_path: Path) -> None:
+    """Only what is installed is tried: each needs the library of its own."""
+    for file, libraries in MAY_ALSO_IMPORT["bnlayer"]:
+        if all(find_spec(library) for library in libraries):
+            module = f"bnlayer.{file.removesuffix('.py').replace('/', '.')}"
+            forbidden = (HEAVY | FOR_FILES | FOR_AUTHORS) - libraries - {"google.protobuf"}
+            assert brought_in([module], forbidden, folder=tmp_path) == ""
 
 
 @pytest.mark.parametrize("framework", ["numpy", "torch", "tensorflow", "jax", "keras"])
