@@ -127,7 +127,8 @@ def make_corpus(session: nox.Session) -> None:
     session.notify("reading")
     if CORPUS in os.environ:
         return
-    folder = Path(session.create_tmp()).resolve() / "corpus"
+    # Not in create_tmp, which moves TMPDIR into the checkout, and there tests take its settings for theirs.
+    folder = Path(session.virtualenv.location).resolve() / "corpus"
     rmtree(folder, ignore_errors=True)
     session.run("python", str(ROOT / "tests" / "checkpoints" / "corpus.py"), "all", str(folder), env=ENVIRONMENT)
     os.environ[CORPUS] = str(folder)  # for all that runs from here on, `reading` too
