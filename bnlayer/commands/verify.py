@@ -65,12 +65,13 @@ def command(
     \b
     Exit codes: 0 they compute the same; 1 they do not; 2 usage; 3 they cannot be compared.
     """
-    from bnlayer.porting.models import made, read
-    from bnlayer.porting.plan import plan
+    from bnlayer.commands.factories import made
+    from bnlayer.porting.models import read
+    from bnlayer.porting.planning import plan
     from bnlayer.porting.rules import Rules
     from bnlayer.porting.verification import verify
 
-    mine, theirs = made(source), made(target)
+    mine, theirs = made(source, "SRC_MODEL"), made(target, "DST_MODEL")
     try:
         given = None if rules is None else Rules.read(rules)
     except OSError as error:

@@ -1,10 +1,8 @@
-"""Live models in porting: made by a factory, filled from a ported checkpoint with its batch norms' settings."""
+"""Live models in porting: read as a checkpoint, and filled from one with its batch norms' settings."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -13,34 +11,13 @@ from .. import checkpoint as checkpoints
 from ..checkpoint.atomic import replacing
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.strict import strict_json
-from ..errors import BatchNormError, FileError, InputError
+from ..errors import BatchNormError, FileError
 from ..registry import adapter
 from ..spec import BatchNormSpec
+from .planning import plan
 
-FACTORY: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _VERSION: Final = 1
 _LARGEST: Final = 2**26  # bytes of a sidecar; 10,000 batch norms take four million
-
-
-def made(factory: str) -> Any:
-    """The model that `package.module:factory` returns when it is called without arguments.
-
-    Raises:
-        InputError: there is no such module or factory, or it fails.
-    """
-    if not FACTORY.fullmatch(factory):
-        raise InputError(f"a factory is given as package.module:factory; got {factory!r}.")
-    module, _, name = factory.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"{factory}: {error}. It is imported from the folder that you are in, or as installed."
-        ) from error
-    try:
-        return function()
-    except Exception as error:  # the user's own code may raise anything
-        raise InputError(f"{factory}, called without arguments, raised {type(error).__name__}: {error}") from error
 
 
 def read(model: Any) -> Checkpoint:
@@ -50,6 +27,26 @@ def read(model: Any) -> Checkpoint:
         UnknownBackend: no adapter knows such a model.
     """
     return adapter(model).read(model)
+
+
+def filled(model: Any, source: Checkpoint, options: Mapping[str, Any]) -> tuple[Any, Checkpoint]:
+    """A live model with a checkpoint's weights, and what it reads as then: the weights with all that the model tells.
+
+    Args:
+        model: of the checkpoint's framework and architecture; its own weights are replaced.
+        source: the checkpoint; where it has other names than the model's file would, it is ported into the model.
+        options: as of `units_of`, for the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model.
+        PortError: it has other names, and layers of it could not be matched.
+    """
+    reach = adapter(model)
+    mine = reach.read(model)
+    same = source.keys() == mine.keys()
+    weights = source if same else plan(source, mine, source_options=options).apply()
+    model = reach.write(model, weights)
+    return model, reach.read(model)
 
 
 def sidecar(path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from ..errors import PortError
 from ..spec import BatchNormSpec
 from ..state import BatchNormState
 from .matching import Match, Matching
-from .plan import Plan, plan
+from .planning import Plan, plan
 from .replay import NDArray, Values
 from .report import Report
 from .sides import Side, at_start, values, values_of, with_tensors

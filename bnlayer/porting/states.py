@@ -100,13 +100,10 @@ def _hidden(
         note("converted", f"counter set to {counter}, hidden averages to the averages: they go on as the source's",
              parts["num_updates"])  # fmt: skip
     if target.convention == "equinox.batch":
-        left = decay**counter  # Equinox's hidden variance starts at 1
         mean, variance = hidden["hidden_mean"], hidden["hidden_variance"]
         assert mean is not None and variance is not None
-        if counter == 0:
+        if counter == 0:  # nothing has entered them, and Equinox evaluates with what is stored
             mean, variance = arrays["moving_mean"], arrays["moving_variance"]
-        elif left > 0:
-            variance = (variance.astype(np.float64) + left).astype(variance.dtype)
         return {**arrays, "moving_mean": mean, "moving_variance": variance}, counter
     return {**arrays, **{role: a for role, a in hidden.items() if role in parts and a is not None}}, counter
 

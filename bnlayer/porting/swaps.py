@@ -15,7 +15,7 @@ from ..errors import UnsupportedError
 from .matching import Match
 from .noise import difference, input_of, tolerance_of
 from .pairing import remade
-from .plan import Plan
+from .planning import Plan
 from .replay import NDArray
 from .sides import Side, with_tensors
 from .units import Unit, Units

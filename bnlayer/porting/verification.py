@@ -19,7 +19,7 @@ from .explain import Cause, Explanation, first_difference
 from .matching import Matching
 from .noise import bound, difference, input_of, perturbed, tolerance_of
 from .pairing import Pairing, Pairs
-from .plan import Plan
+from .planning import Plan
 from .replay import NDArray, Step
 from .report import Report
 from .sides import Pass, Side, values_of

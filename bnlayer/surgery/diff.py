@@ -104,7 +104,7 @@ def diff(a: Checkpoint, b: Checkpoint, **options: Any) -> Difference:
 
 
 def _across(a: Checkpoint, b: Checkpoint, options: Mapping[str, Any]) -> Difference:
-    from ..porting.plan import plan
+    from ..porting.planning import plan
 
     made = plan(a, b, source_options=options, target_options=options)
     ported = made.apply(allow_partial=True)

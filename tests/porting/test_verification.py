@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from bnlayer.commands.verify import command
 from bnlayer.errors import BatchNormError
 from bnlayer.porting.matching import Ambiguous, Match
-from bnlayer.porting.plan import plan
+from bnlayer.porting.planning import plan
 from bnlayer.porting.rules import Rules
 from bnlayer.porting.swaps import try_swaps
 from bnlayer.porting.units import units_of

@@ -167,6 +167,7 @@ def plan(
     template: Checkpoint,
     *,
     given: Rules | None = None,
+    pairs: Mapping[str, str] | None = None,
     only_batch_norms: bool = False,
     epsilon: Epsilon = "carry",
     source_options: Mapping[str, Any] | None = None,
@@ -178,6 +179,7 @@ def plan(
         source: where the weights are; of a file, or `ModelAdapter.read` of a live model, which tells more.
         template: the names, shapes and order of what is wanted, likewise.
         given: a rules file, for what the votes cannot decide.
+        pairs: more layers that are certain, the source's name to the template's: as a run has decided.
         only_batch_norms: carry batch norms alone; everything else keeps the template's values.
         epsilon: as of `Plan`.
         source_options, target_options: as of `units_of`: dialect, names, ema, epsilon, decay.
@@ -189,11 +191,11 @@ def plan(
     given = given or Rules()
     told = {"epsilon": given.epsilon, "decay": given.decay, **(source_options or {})}
     froms, tos = units_of(source, **told), units_of(template, **(target_options or {}))
-    pairs, flatten = given.pairs(froms, tos)
+    said, flatten = given.pairs(froms, tos)
     left_out = {u.name for u in froms.units if rules.ignored(given.ignored_source, u.name)}
     kept = {u.name for u in tos.units if rules.ignored(given.ignored_target, u.name)}
     froms, tos = _without(froms, left_out), _without(tos, kept)
-    found = matching.match(froms, tos, pairs)
+    found = matching.match(froms, tos, {**(pairs or {}), **said})
     made = Plan(
         froms, tos, found, only_batch_norms=only_batch_norms, epsilon=epsilon, flatten=flatten,
         ignored=frozenset(left_out | kept), report=Report(found),
