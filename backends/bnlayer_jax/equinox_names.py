@@ -106,7 +106,8 @@ def _leaves(tree: Any, unnamed: int, indices: Mapping[Any, str]) -> Iterator[tup
         if not isinstance(node, eqx.nn.State):
             yield _name(path[unnamed:]), node
             continue
-        values, markers = node.tree_flatten()
+        state: Any = node  # whose method has no types
+        values, markers = state.tree_flatten()
         for marker, value in zip(markers, values, strict=True):
             index = indices.get(marker, str(marker))
             owner, _, field = index.rpartition(".")
