@@ -17,17 +17,23 @@ from bnlayer import checkpoint
 from bnlayer.checkpoint import Checkpoint, CheckpointError, Tensor
 
 KILLS = 200
+# One process has imported everything; for each line that it gets, a fork of it writes until it is killed.
 WRITER = """
-import sys
+import os, sys
 import numpy as np
 from bnlayer.checkpoint import Checkpoint, Tensor, save
 path, format = sys.argv[1:]
-big = {n: np.full(10_000, float(i), np.float32) for i, n in enumerate("abcd")}
-for i in range(10**9):
-    tensors = {n: Tensor.of(a * 0 + i % 2) for n, a in big.items()}
+def write(value):
+    tensors = {n: Tensor.of(np.full(10_000, value, np.float32)) for n in "abcd"}
     save(Checkpoint("x", tensors, order_is_meaningful=True), path, format, force=True)
-    if i == 0:
-        print("ready", flush=True)
+write(0)
+for _ in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        for i in range(10**9):
+            write(i % 2)
+    print(pid, flush=True)
+    print(os.WTERMSIG(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -40,19 +46,18 @@ def test_killed_at_random_moments(format: str, tmp_path: Path) -> None:
     path = tmp_path / "x"
     chosen = random.Random(format)
     arguments = [sys.executable, "-c", WRITER, str(path), format]
-    kills = 0
-    while kills < KILLS // 4:
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            writer.stdout.readline()
-            for _ in range(4):  # a stopped process is one killed there, as far as the file can tell; and it can go on
-                time.sleep(chosen.uniform(0.0, 0.02))
-                os.kill(writer.pid, signal.SIGSTOP)
-                kills += 1
-                whole(path)
-                os.kill(writer.pid, signal.SIGCONT)
-            writer.kill()
-        whole(path)
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        for _ in range(KILLS // 4):
+            server.stdin.write("go\n")
+            server.stdin.flush()
+            writer = int(server.stdout.readline())
+            time.sleep(chosen.uniform(0.0, 0.03))
+            os.kill(writer, signal.SIGKILL)
+            assert int(server.stdout.readline()) == signal.SIGKILL
+            whole(path)
+        server.stdin.close()
 
 
 def whole(path: Path) -> None:
