@@ -199,6 +199,9 @@ def units_of(checkpoint: Checkpoint, *, dialect: str | None = None, **options: A
         name = aliases.get(stored.name, stored.name)
         order = min(place[part] for part in here)
         units.append(Unit(name, "batch norm", stored.parts, (stored.num_features,), AS_IT_IS, order, stored=stored))
+    # Where an average stands for a variable, the variable's own value is of no layer.
+    twins = {name.removesuffix(_TWIN) for name in taken if name.endswith(_TWIN)}
+    taken |= twins
     for unclear in found.ambiguous:
         tensors = tuple(name for name in unclear.tensors if name not in taken)
         taken |= set(tensors)
