@@ -27,7 +27,7 @@ LANES = 2  # how many of the tests' commands run at a time; each takes up to abo
 SHOWING = Lock()
 
 # Frameworks that want a process of their own: they fight over threads, memory and what they patch.
-ALONE = ("torch", "tensorflow", "jax", "keras", "onnx")
+ALONE = ("torch", "tensorflow", "jax", "keras", "onnx", "porting", "surgery")
 FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "flax", "equinox", "haiku", "orbax", "onnxruntime", "safetensors")
 # What each backend is tested with in an environment that has nothing else; Keras on the smallest of its frameworks.
 NEEDS = {
@@ -37,7 +37,7 @@ NEEDS = {
     "jax": ("jax",),
     "keras": ("keras", "jax"),
 }
-GROUPS = ("frameworks", "peers", "files", "examples", "test", "lint")  # of what the session `tests` installs
+GROUPS = ("frameworks", "peers", "files", "porting", "examples", "test", "lint")  # of what the session `tests` installs
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 CORPUS = "BNLAYER_CORPUS"  # names the folder of checkpoints that the frameworks made, where they lie ready
 ABSENT = "from importlib.util import find_spec; import sys; sys.exit(' '.join(filter(find_spec, sys.argv[1:])) or 0)"

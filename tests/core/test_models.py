@@ -9,7 +9,8 @@ import pytest
 
 import bnlayer
 from bnlayer import BatchNormSpec, BatchNormState, InputError, UnknownBackend, UnsupportedError
-from bnlayer.contract import Kind, LayerRecord, ModelAdapter, Part
+from bnlayer.checkpoint import Checkpoint
+from bnlayer.contract import Kind, LayerRecord, ModelAdapter, Part, Run
 
 SPEC = BatchNormSpec(4, epsilon=1e-3)
 
@@ -46,6 +47,20 @@ class Layers:
     def freeze(self, model: Any, names: Collection[str], frozen: bool, part: Part) -> Any:
         self.frozen.append((tuple(names), frozen, part))
         return model
+
+    # Porting's half of the protocol, which convert and freeze do not call.
+
+    def read(self, model: Any) -> Checkpoint:
+        raise NotImplementedError
+
+    def write(self, model: Any, checkpoint: Checkpoint) -> Any:
+        raise NotImplementedError
+
+    def configure(self, model: Any, specs: Mapping[str, BatchNormSpec]) -> Any:
+        raise NotImplementedError
+
+    def run(self, model: Any, x: Any, *, training: bool, capture: bool = False) -> Run:
+        raise NotImplementedError
 
 
 @pytest.fixture
