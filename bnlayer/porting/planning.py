@@ -80,11 +80,11 @@ class Plan:
             if t.kind != "batch norm":
                 tensors, bias = self._layer(s, t)
                 changes.update(tensors)
-                if bias is not None:
-                    shifts[t.name] = bias
+                taker = None if bias is None else self._follower(s, t)
+                if taker is not None:
+                    shifts[taker] = bias
         for s, t in norms:
-            owner = t.owner or (self._target_of(s.owner) if s.owner else None)
-            changes.update(self._batch_norm(s, t, shifts.get(str(owner))))
+            changes.update(self._batch_norm(s, t, shifts.get(t.name)))
         for name, tensor in self.target.checkpoint.tensors.items():
             if name in changes and changes[name].shape != tensor.shape:
                 raise CheckpointError(f"{name}: {changes[name].shape} was made for a tensor of shape {tensor.shape}.")
@@ -96,8 +96,18 @@ class Plan:
         pairs = [(self.source[m.source], self.target[m.target]) for m in self.matching.matches]
         return [(s, t) for s, t in pairs if t.kind == "batch norm" or not self.only_batch_norms]
 
-    def _target_of(self, source: str) -> str | None:
-        return next((m.target for m in self.matching.matches if m.source == source), None)
+    def _follower(self, s: Unit, t: Unit) -> str | None:
+        """The one batch norm of the target that surely comes right after this layer, so that it can take its bias."""
+        after = [
+            (a, b)
+            for a, b in self._pairs()
+            if a.kind == "batch norm"
+            and (a.owner == s.name or b.owner == t.name)
+            and a.owner in (s.name, None)
+            and b.owner in (t.name, None)
+        ]
+        sure = len(after) == 1 and (after[0][0].certain_owner or after[0][1].certain_owner)
+        return after[0][1].name if sure else None
 
     def _read(self, unit: Unit, role: str) -> NDArray:
         return self.source.checkpoint[unit.parts[role]]
@@ -250,23 +260,13 @@ def _tell(plan: Plan, given: Rules, left_out: set[str], kept: set[str]) -> None:
         if s.stored is not None and t.stored is not None:
             _tell_batch_norm(plan, s.stored, t.stored, t.name)
         elif "bias" in s.parts and "bias" not in t.parts:
-            _tell_homeless_bias(plan, s, t)
+            if plan._follower(s, t) is None:
+                refuse(
+                    f"{s.parts['bias']} has no place in {t.name}, and no batch norm surely follows that could take it"
+                )
         _, unclear = flattens(plan.source, plan.target, s, t, plan.flatten.get(t.name))
         if unclear:
             refuse(f"{s.name} -> {t.name}: {unclear}")
-
-
-def _tell_homeless_bias(plan: Plan, s: Unit, t: Unit) -> None:
-    """A bias without a place must go into the moving mean of a batch norm that surely follows."""
-    after = [
-        (a, b) for a, b in plan._pairs()
-        if a.kind == "batch norm" and (a.owner == s.name or b.owner == t.name)
-        and a.owner in (s.name, None) and b.owner in (t.name, None)
-    ]  # fmt: skip
-    if len(after) != 1 or not (after[0][0].certain_owner or after[0][1].certain_owner):
-        plan.report.refusals.append(
-            f"{s.parts['bias']} has no place in {t.name}, and no batch norm surely follows that could take it"
-        )
 
 
 def _tell_batch_norm(plan: Plan, s: StoredBatchNorm, t: StoredBatchNorm, name: str) -> None:
