@@ -80,8 +80,7 @@ class Plan:
             if t.kind != "batch norm":
                 tensors, bias = self._layer(s, t)
                 changes.update(tensors)
-                taker = None if bias is None else self._follower(s, t)
-                if taker is not None:
+                if bias is not None and (taker := self._follower(s, t)) is not None:
                     shifts[taker] = bias
         for s, t in norms:
             changes.update(self._batch_norm(s, t, shifts.get(t.name)))
@@ -259,11 +258,8 @@ def _tell(plan: Plan, given: Rules, left_out: set[str], kept: set[str]) -> None:
     for s, t in plan._pairs():
         if s.stored is not None and t.stored is not None:
             _tell_batch_norm(plan, s.stored, t.stored, t.name)
-        elif "bias" in s.parts and "bias" not in t.parts:
-            if plan._follower(s, t) is None:
-                refuse(
-                    f"{s.parts['bias']} has no place in {t.name}, and no batch norm surely follows that could take it"
-                )
+        elif "bias" in s.parts and "bias" not in t.parts and plan._follower(s, t) is None:
+            refuse(f"{s.parts['bias']} has no place in {t.name}, and no batch norm surely follows that could take it")
         _, unclear = flattens(plan.source, plan.target, s, t, plan.flatten.get(t.name))
         if unclear:
             refuse(f"{s.name} -> {t.name}: {unclear}")
