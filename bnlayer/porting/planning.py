@@ -258,6 +258,9 @@ def _tell(plan: Plan, given: Rules, left_out: set[str], kept: set[str]) -> None:
     for s, t in plan._pairs():
         if s.stored is not None and t.stored is not None:
             _tell_batch_norm(plan, s.stored, t.stored, t.name)
+        elif t.kind == "norm":
+            for part in (s.parts[role] for role in ("gamma", "beta") if role in s.parts and role not in t.parts):
+                refuse(f"{part} has no place in {t.name}, which has none")
         elif "bias" in s.parts and "bias" not in t.parts and plan._follower(s, t) is None:
             refuse(f"{s.parts['bias']} has no place in {t.name}, and no batch norm surely follows that could take it")
         _, unclear = flattens(plan.source, plan.target, s, t, plan.flatten.get(t.name))
