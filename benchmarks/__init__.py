@@ -1,0 +1,1 @@
+"""How fast every backend is, as ratios to what it replaces: `python -m benchmarks`."""
