@@ -18,7 +18,12 @@ from .operations import known_epsilon, model_of, opened, present_epsilon, saved,
 @which
 @present_epsilon("--epsilon")
 @click.option("--keep", is_flag=True, help="Leave each batch norm as an identity, so that the same model loads DST.")
-@click.option("--model", "factory", metavar="MODULE:FACTORY", help="Your model: a run of it proves the fold.")
+@click.option(
+    "--model",
+    "factory",
+    metavar="pkg.module:factory",
+    help="A function that returns your model: a run of it proves the fold.",
+)
 @click.option(
     "--input", "shape", metavar="N,...,C", help="The model's input shape, channels last. Needed with --model."
 )

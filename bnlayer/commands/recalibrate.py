@@ -17,8 +17,10 @@ from .operations import model_of, opened, saved, source_and_target, specs_beside
 )
 @source_and_target
 @which
-@click.option("--model", "factory", required=True, metavar="MODULE:FACTORY", help="Returns the model that loads SRC.")
-@click.option("--data", required=True, metavar="MODULE:FACTORY|FILE.npz",
+@click.option(
+    "--model", "factory", required=True, metavar="pkg.module:factory", help="Returns the model that loads SRC."
+)
+@click.option("--data", required=True, metavar="pkg.module:factory|FILE.npz",
               help="Yields batches, or an .npz whose only array, or x, is the inputs: channels last.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Of an .npz.")
 def command(
