@@ -90,7 +90,7 @@ def planted():
     model.net[0].padding = (1, 1)
     return model
 def twins(): return seeded(Twins(["bert", "alice"]), 3)
-def other_twins(): return seeded(Twins(["xenia", "yves"]), 4)
+def other_twins(): return seeded(Twins(["yves", "xenia"]), 4)
 """
 
 
