@@ -203,6 +203,8 @@ def units_of(checkpoint: Checkpoint, *, dialect: str | None = None, **options: A
             strange.append(Strange(alias, (alias,), f"it is {first}", harmless=True))
     for stored in found.batch_norms:
         here = {part for part in stored.parts.values() if part in place}
+        # Haiku counts the updates of the mean and of the variance apart.
+        here |= {twin for part in here if (twin := part.replace("/mean_ema/", "/var_ema/")) in place}
         if here & taken:
             continue
         taken |= here
