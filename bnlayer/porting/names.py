@@ -70,7 +70,7 @@ def rules(
     in_order: Callable[[Sequence[tuple[str, str]]], bool],
 ) -> list[Rule]:
     """Every rule that holds; of two that contradict each other, the one that maps more, and neither of equals unless
-    their words tell. A name without numbers that both sides have is a rule of its own.
+    their words tell. A name without numbers that both sides have is a rule of its own, unless the order contradicts.
 
     Args:
         source, target: the layers' names, taken apart.
@@ -82,11 +82,11 @@ def rules(
     # A rule may be one only when read the other way: BasicBlock_5 is stages.2.layers.1, whatever came before.
     inverted = [Rule(rule.target, rule.source, {s: t for t, s in rule.pairs.items()}) for rule in backward]
     distinct = {frozenset(rule.pairs.items()): rule for rule in [*forward, *inverted]}
-    named = [
-        Rule(name, name, {name: name})
-        for name, one in source.items()
-        if not one.numbers and name in target and source_class[name] == target_class[name]
-    ]
+    same: dict[Hashable, dict[str, str]] = defaultdict(dict)
+    for name, one in source.items():
+        if not one.numbers and name in target and source_class[name] == target_class[name]:
+            same[source_class[name]][name] = name
+    named = [Rule(name, name, {name: name}) for pairs in same.values() if in_order([*pairs.items()]) for name in pairs]
     return _unopposed([*distinct.values(), *named], in_order)
 
 
@@ -195,6 +195,7 @@ def _shifts(
     by_class: dict[Hashable, list[str]] = defaultdict(list)
     for t in there:
         by_class[target_class[t]].append(t)
+    by_numbers = {target[t].numbers: t for t in there}
     ends = _ends([target[t].numbers for t in there])
     for domain in domains.values():
         if len(domain) < len(there) and not enough(domain):
@@ -216,13 +217,16 @@ def _shifts(
             ]
             if not (_within(moved, ends) or _within(ends, moved)):
                 continue
-            yield (
-                {
-                    one: tuple(shift[j] if i is None else source[one].numbers[i] + shift[j] for j, i in enumerate(uses))
-                    for one in domain
-                },
-                len(domain),
-            )
+            mapped: dict[str, tuple[int, ...]] = {}
+            for one in domain:
+                numbers = source[one].numbers
+                goal = tuple(shift[j] if i is None else numbers[i] + shift[j] for j, i in enumerate(uses))
+                meets = by_numbers.get(goal)
+                if len(domain) <= len(there) if meets is None else source_class[one] != target_class[meets]:
+                    break
+                mapped[one] = goal
+            else:
+                yield mapped, len(domain)
 
 
 Ends = list[tuple[int, int]]

@@ -418,7 +418,7 @@ def _with_owners(units: Sequence[Unit], dialect: str, ordered: bool) -> tuple[Un
     for one in kernels:
         by_key.setdefault(_key(one.name), []).append(one)
     norms = [one for one in units if one.kind == "batch norm"]
-    named = {n.name: of[0] for n in norms if len(of := by_key.get(_key(n.name), ())) == 1}
+    named = {n.name: of[0] for n in norms if len(of := by_key.get(_key(n.name), [])) == 1}
     by_name = {one.name: one for one in kernels}
     for n in norms:
         number = split(n.name)[1]
