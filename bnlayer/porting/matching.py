@@ -185,7 +185,7 @@ class _Search:
         }  # fmt: skip
         straight = self.counted_alike()
         for name, goal in voted.items():
-            if not straight and (_is_count(name) or _is_count(goal)):
+            if not straight and (_is_count(name, self.source) or _is_count(goal, self.target)):
                 continue  # batch norms were counted as the convolutions were, which come in two orders
             if name not in self.pairs and goal not in taken and name not in opposed:
                 self.accept(name, goal, *before.pairs[name][1])
@@ -252,9 +252,9 @@ def _with_twins(alike: Sequence[str], told: Mapping[str, set[str]]) -> set[str]:
     return {name for name, stem in stems.items() if stem in unknown}
 
 
-def _is_count(name: str) -> bool:
-    """Whether a single number tells it from others: batch_normalization_7, features.31."""
-    return len(re.findall(r"\d+", name)) <= 1
+def _is_count(name: str, side: Units) -> bool:
+    """Whether it is its count that tells it from others: batch_normalization (of several), features.31."""
+    return re.fullmatch(r"\D*\d+", name) is not None or any(u.name == f"{name}_1" for u in side.units)
 
 
 def _natural(unit: Unit) -> list[tuple[str, int]]:
