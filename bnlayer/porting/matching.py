@@ -3,7 +3,9 @@
 The votes: a shape that only one layer of a kind has on either side; the names' rules (`names`); the order in which the
 layers come, where both sides have one; the layer that a batch norm belongs to. A pair is accepted on its unique shape,
 on a names' rule that the order does not contradict, on its owner's match, or because nothing else is left of its class.
-Order alone decides nothing: two layers of equal shape may have been defined in either order.
+Where one side has more layers of a class than the other, none of them is matched: block 5 of 5 is not block 5 of 6.
+Order alone decides nothing: two layers of equal shape may have been defined in either order. It decides only between
+rules that the names allow alike.
 """
 
 from __future__ import annotations
