@@ -50,7 +50,7 @@ def saved(
     Raises:
         CheckpointError: DST or the file beside it is there and may not be replaced, or cannot be written.
     """
-    from bnlayer.porting.models import sidecar, write_sidecar
+    from bnlayer.porting.sidecars import sidecar, write_sidecar
 
     beside = sidecar(path)
     if beside.exists() and not force:
@@ -79,7 +79,7 @@ def layer_name(checkpoint: Checkpoint, name: str) -> str:
 
 def specs_beside(path: Path) -> dict[str, BatchNormSpec]:
     """The specs in `PATH.bnlayer.json`, which `bnlayer port` writes; empty where there is none."""
-    from bnlayer.porting.models import read_sidecar
+    from bnlayer.porting.sidecars import read_sidecar
 
     return read_sidecar(path)
 

@@ -128,7 +128,8 @@ def _progress() -> Callable[[str], None]:
 def _port(asked: _Asked, progress: Callable[[str], None]) -> int:
     from bnlayer.checkpoint.formats import named
     from bnlayer.porting import Rules, plan, verify
-    from bnlayer.porting.models import filled, sidecar, write_sidecar
+    from bnlayer.porting.models import filled
+    from bnlayer.porting.sidecars import sidecar, write_sidecar
     from bnlayer.porting.swaps import try_swaps
 
     if not asked.dry_run:

@@ -26,7 +26,8 @@ import torch
 from bnlayer import checkpoint
 from bnlayer.checkpoint import Checkpoint
 from bnlayer.porting import Plan, load_into, plan, read
-from bnlayer.porting.models import filled, write_sidecar
+from bnlayer.porting.models import filled
+from bnlayer.porting.sidecars import write_sidecar
 from bnlayer.registry import adapter
 
 from . import by_hand, truth

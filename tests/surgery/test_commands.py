@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from bnlayer import checkpoint, cli
 from bnlayer.porting import load_into
-from bnlayer.porting.models import read_sidecar, sidecar, write_sidecar
+from bnlayer.porting.sidecars import read_sidecar, sidecar, write_sidecar
 
 torch = pytest.importorskip("torch", reason="pip install 'bnlayer[torch]'")
 
