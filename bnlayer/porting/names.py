@@ -138,8 +138,11 @@ def _best(
         )
 
     froms, tos = _words(source[here[0]].pattern), _words(target[there[0]].pattern)
-    holding: dict[frozenset[tuple[str, str]], tuple[dict[str, str], int]] = {}
+    holding: dict[frozenset[tuple[str, str]], tuple[dict[str, str], int, bool]] = {}
+    paths = _is_path(source[here[0]].pattern) and _is_path(target[there[0]].pattern)
     for uses in _uses(m, n):
+        followed = [i for i in uses if i is not None]
+        nested = paths and followed == sorted(followed)
         alike = sum(i is not None and froms[i] == tos[j] != "" for j, i in enumerate(uses))
         for make in (_shifts, _ranks):
             for mapped, whole in make(here, there, source, target, source_class, target_class, uses, enough):
@@ -151,13 +154,23 @@ def _best(
                 if len(pairs) != len(there) and len(pairs) != whole:
                     continue
                 key = frozenset(pairs.items())
-                holding[key] = pairs, max(alike, holding[key][1] if key in holding else 0)
-    kept = [(pairs, alike) for pairs, alike in holding.values() if in_order(list(pairs.items()))]
-    most = max((len(pairs) for pairs, _ in kept), default=0)
+                had_before = holding.get(key, (pairs, 0, False))
+                holding[key] = pairs, max(alike, had_before[1]), nested or had_before[2]
+    kept = [one for one in holding.values() if in_order(list(one[0].items()))]
+    most = max((len(pairs) for pairs, _, _ in kept), default=0)
     # Of block{b}.conv{c}, convs{c}.{b} is the same; if the order says convs{b}.{c}, the order is not that of the names.
-    said = max((alike for pairs, alike in holding.values() if len(pairs) == most), default=0)
-    best = [(pairs, alike) for pairs, alike in kept if len(pairs) == most]
-    return [pairs for pairs, _ in best] if any(alike == said for _, alike in best) else []
+    said = max((alike for pairs, alike, _ in holding.values() if len(pairs) == most), default=0)
+    best = [one for one in kept if len(one[0]) == most]
+    if not any(alike == said for _, alike, _ in best):
+        return []
+    # What a path names first holds what it names after: stages hold blocks, and blocks convolutions, on both sides.
+    outer_first = [pairs for pairs, alike, nested in best if nested and alike == said]
+    return outer_first or [pairs for pairs, _, _ in best]
+
+
+def _is_path(pattern: str) -> bool:
+    """Whether each number is in a part of its own, so that the parts' order is one of containers and contents."""
+    return all(part.count("#") <= 1 for part in re.split(r"[./\[]", pattern))
 
 
 def _words(pattern: str) -> list[str]:

@@ -90,6 +90,9 @@ class Plan:
             if name in changes and changes[name].shape != tensor.shape:
                 raise CheckpointError(f"{name}: {changes[name].shape} was made for a tensor of shape {tensor.shape}.")
         like = self.target.checkpoint
+        for alias, first in like.metadata.get("tied", {}).items():  # one tensor under two names
+            if first in changes and alias in like.tensors:
+                changes[alias] = changes[first]
         made = {name: Tensor.of(changes[name]) if name in changes else like.tensors[name] for name in like.tensors}
         return with_fields(like, tensors=made)
 

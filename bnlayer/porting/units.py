@@ -418,7 +418,13 @@ def _with_owners(units: Sequence[Unit], dialect: str, ordered: bool) -> tuple[Un
     for one in kernels:
         by_key.setdefault(_key(one.name), []).append(one)
     norms = [one for one in units if one.kind == "batch norm"]
-    named = {n.name: of[0] for n in norms if len(of := by_key.get(_key(n.name), [])) == 1}
+    named: dict[str, Unit] = {}
+    for n in norms:
+        alike = by_key.get(_key(n.name), [])
+        # Conv1 and Conv_1 are named alike; the channels tell which of them bn_Conv1 belongs to.
+        fitting = [one for one in alike if one.channels == n.channels] if len(alike) > 1 else alike
+        if len(fitting) == 1:
+            named[n.name] = fitting[0]
     by_name = {one.name: one for one in kernels}
     for n in norms:
         number = split(n.name)[1]
