@@ -156,6 +156,11 @@ def _best(
                 key = frozenset(pairs.items())
                 had_before = holding.get(key, (pairs, 0, False))
                 holding[key] = pairs, max(alike, had_before[1]), nested or had_before[2]
+    counted = _count(here, there, source, target)
+    backwards = list(zip(counted, reversed(counted.values()), strict=True))
+    # Where the order has no say, so short a rule would be luck.
+    if counted and not in_order(backwards) and all(source_class[s] == target_class[t] for s, t in counted.items()):
+        holding.setdefault(frozenset(counted.items()), (counted, 0, paths))
     kept = [one for one in holding.values() if in_order(list(one[0].items()))]
     most = max((len(pairs) for pairs, _, _ in kept), default=0)
     # Of block{b}.conv{c}, convs{c}.{b} is the same; if the order says convs{b}.{c}, the order is not that of the names.
@@ -267,6 +272,17 @@ def _ranks(
     froms = sorted(here, key=lambda s: source[s].numbers)
     tos = sorted(there, key=lambda t: target[t].numbers)
     yield {s: target[t].numbers for s, t in zip(froms, tos, strict=True)}, len(here)
+
+
+def _count(
+    here: Sequence[str], there: Sequence[str], source: Mapping[str, Name], target: Mapping[str, Name]
+) -> dict[str, str]:
+    """One number that counts through what several do: block_17 and stages.3.layers.1; empty where it is not so."""
+    m, n = len(source[here[0]].numbers), len(target[there[0]].numbers)
+    if len(here) != len(there) or 1 not in (m, n) or m == n:
+        return {}
+    froms, tos = sorted(here, key=lambda s: source[s].numbers), sorted(there, key=lambda t: target[t].numbers)
+    return dict(zip(froms, tos, strict=True))
 
 
 def _unopposed(found: Sequence[Rule], in_order: Callable[[Sequence[tuple[str, str]]], bool]) -> list[Rule]:
