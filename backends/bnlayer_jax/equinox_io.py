@@ -234,6 +234,6 @@ def _layer(name: str, layer: Any, tensors: Mapping[str, str]) -> Layer:
     settings: dict[str, Any] = {"dialect": "equinox"}
     if not tensors.keys() <= words.keys():  # a class that is not known, or a subclass with more than its base has
         return Layer(name, type(layer).__name__, tensors, settings)
-    if kind in ("conv", "conv transpose"):
+    if isinstance(layer, (eqx.nn.Conv, eqx.nn.ConvTranspose)):
         settings["groups"] = layer.groups
     return Layer(name, kind, {words[leaf]: tensor for leaf, tensor in tensors.items()}, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.core
 import flax.serialization
@@ -112,7 +112,7 @@ def run(
         for path in calls
         if (*path, "x") in captured
     }
-    after = flax.core.copy(variables, changed) if changed else variables
+    after: Any = flax.core.copy(cast("dict[str, Any]", variables), changed) if changed else variables
     called = tuple("/".join(path) for path in calls) if capture else ()
     return after, Run(None, widened(output_of(returned)), layers, called)
 

@@ -66,7 +66,8 @@ def configure(layer: nnx.BatchNorm, name: str, spec: BatchNormSpec) -> Callable[
 
     def apply() -> None:
         layer.epsilon = spec.epsilon
-        layer.momentum = spec.decay  # ours takes "cumulative" too
+        held: Any = layer  # ours takes "cumulative" too, for which the host's has no type
+        held.momentum = spec.decay
 
     return apply
 

@@ -272,7 +272,8 @@ def _from_layer(
     if kind is None and "." in layer.kind:
         kind = next((k for pattern, k in _CLASSES if re.fullmatch(pattern, last)), None)
         words = ("gamma", "beta") if kind == "norm" else ("kernel", "bias")
-        tensors = {dict(zip(("weight", "bias"), words, strict=True)).get(role, role): n for role, n in tensors.items()}
+        roles: dict[str, str] = dict(zip(("weight", "bias"), words, strict=True))
+        tensors = {roles.get(role, role): n for role, n in tensors.items()}
     known = {"gamma", "beta"} if kind == "norm" else {"kernel", "bias"}
     if kind is None or not tensors.keys() <= known or not tensors.keys() & {"kernel", "gamma", "beta"}:
         return Strange(layer.name, tuple(tensors.values()), f"a {last} is not understood; give it in a rules file, or"
@@ -348,10 +349,14 @@ def _by_names(
             parts = {{"kernel": "gamma", "bias": "beta"}[role]: tensor for role, tensor in parts.items()}
             kind = "norm"
         elif kind is None and rank == 2:
-            kind, doubt = "dense", ("embedding",) if dialect in ("torch", "equinox") and "bias" not in parts else ()
+            kind = "dense"
+            if dialect in ("torch", "equinox") and "bias" not in parts:
+                doubt = ("embedding",)
         elif kind is None and rank >= 3:
             told = _TRANSPOSED.search(owner.rsplit("/", 1)[-1]) or (dialect != "torch" and _TRANSPOSED.search(owner))
-            kind, doubt = ("conv transpose", ()) if told else ("conv", ("conv transpose",))
+            kind = "conv transpose" if told else "conv"
+            if not told:
+                doubt = ("conv transpose",)
             if rank == 3 and split(owner)[1] in ("query", "key", "value", "out") and dialect == "flax":
                 yield Strange(name, tuple(leaves.values()), "an attention's projections are not understood")
                 continue
@@ -383,10 +388,10 @@ def _named(leaves: Mapping[str, str], owner: str, dialect: str) -> tuple[Kind | 
     if unknown:
         return f"{', '.join(unknown)} of it {'is' if len(unknown) == 1 else 'are'} of no layer that is known"
     parts = {words[leaf][0]: tensor for leaf, tensor in leaves.items()}
-    kinds = {kind for leaf in leaves if (kind := words[leaf][1]) is not None}
+    kinds: set[Kind] = {told for leaf in leaves if (told := words[leaf][1]) is not None}
     if len(parts) != len(leaves) or len(kinds) > 1:
         return f"tensors {', '.join(leaves)} together are of no layer that is known"
-    kind = next(iter(kinds), None)
+    kind: Kind | None = next(iter(kinds), None)
     if kind == "norm":
         parts = {{"bias": "beta"}.get(role, role): tensor for role, tensor in parts.items()}
         if not parts.keys() <= {"gamma", "beta"}:
