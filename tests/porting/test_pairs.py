@@ -6,7 +6,6 @@ random weights and moving statistics. Files are the frameworks' own; the templat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,6 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import torch
 

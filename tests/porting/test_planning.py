@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-
-os.environ.setdefault("KERAS_BACKEND", "torch")
 
 from bnlayer.checkpoint import Checkpoint, Tensor
 from bnlayer.errors import BatchNormError, CheckpointError, PortError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-os.environ.setdefault("KERAS_BACKEND", "jax")
 
 from bnlayer import checkpoint
 
