@@ -320,3 +320,25 @@ def test_a_tensor_of_another_shape_is_never_written(tmp_path: Any) -> None:
     with pytest.raises(CheckpointError, match=r"0\.weight"):
         load_into(model, tmp_path / "odd.pt")
     assert torch.equal(model[0].weight, before)
+
+
+def test_a_tensor_under_two_names_is_written_under_both() -> None:
+    """torch lists a tied parameter twice; the port fills both, so that a strict load finds them equal."""
+    torch = pytest.importorskip("torch")
+
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Linear(3, 3)
+            self.b = torch.nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+
+    class Source(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Linear(3, 3)
+
+    source, target = Source(), Tied()
+    made = plan(read(source), read(target)).apply(allow_partial=True)
+    np.testing.assert_array_equal(made["a.weight"], source.a.weight.detach().numpy())
+    np.testing.assert_array_equal(made["b.weight"], made["a.weight"])
