@@ -14,10 +14,11 @@ import numpy as np
 from bnlayer.checkpoint import Checkpoint, Layer
 from bnlayer.contract import Run
 from bnlayer.errors import UnsupportedError
+from bnlayer.outputs import widened
 
 from .equinox import BatchNorm, with_fields
 from .equinox_names import equinox_template, leaf_names
-from .model_io import modes_of, output_of, placed, values_for, widened
+from .model_io import modes_of, output_of, placed, values_for
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 Seen = Callable[..., Any]  # makes a call: the layer's name, its class's call, the layer, and the arguments
@@ -115,7 +116,7 @@ def run(module: Any, state: Any, x: NDArray, *, training: bool, capture: bool) -
         mapped = _alone(mapped, axis)
     y, after, layers = mapped(examples)
     arrays = {name: (np.array(layers[name][0]), np.array(layers[name][1])) for name in calls if name in layers}
-    return after, Run(None, widened(jnp.moveaxis(y, 1, -1) if y.ndim > 1 else y), arrays, tuple(calls))
+    return after, Run(None, widened(np.asarray(jnp.moveaxis(y, 1, -1) if y.ndim > 1 else y)), arrays, tuple(calls))
 
 
 def _is_state(node: Any) -> bool:
@@ -234,6 +235,6 @@ def _layer(name: str, layer: Any, tensors: Mapping[str, str]) -> Layer:
     settings: dict[str, Any] = {"dialect": "equinox"}
     if not tensors.keys() <= words.keys():  # a class that is not known, or a subclass with more than its base has
         return Layer(name, type(layer).__name__, tensors, settings)
-    if kind in ("conv", "conv transpose"):
+    if isinstance(layer, (eqx.nn.Conv, eqx.nn.ConvTranspose)):
         settings["groups"] = layer.groups
     return Layer(name, kind, {words[leaf]: tensor for leaf, tensor in tensors.items()}, settings)

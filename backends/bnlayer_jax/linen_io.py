@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.core
 import flax.serialization
@@ -15,10 +15,11 @@ from flax import traverse_util
 
 from bnlayer.checkpoint import Checkpoint, Layer
 from bnlayer.contract import Run
+from bnlayer.outputs import widened
 
 from .flax_layers import flax_layer, is_array
 from .linen_models import Converted, Path, Place, attribute_at, intercepted_calls, traced
-from .model_io import in_order, modes_of, output_of, placed, tensor_of, values_for, widened
+from .model_io import in_order, modes_of, output_of, placed, tensor_of, values_for
 from .model_linen import Inputs
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
@@ -112,9 +113,9 @@ def run(
         for path in calls
         if (*path, "x") in captured
     }
-    after = flax.core.copy(variables, changed) if changed else variables
+    after: Any = flax.core.copy(cast("dict[str, Any]", variables), changed) if changed else variables
     called = tuple("/".join(path) for path in calls) if capture else ()
-    return after, Run(None, widened(output_of(returned)), layers, called)
+    return after, Run(None, widened(np.asarray(output_of(returned))), layers, called)
 
 
 def _first(old: Any, new: Any) -> Any:

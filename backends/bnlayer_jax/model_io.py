@@ -11,6 +11,7 @@ import numpy as np
 
 from bnlayer.checkpoint import Checkpoint, Tensor
 from bnlayer.errors import CheckpointError, UnsupportedError
+from bnlayer.outputs import first_array
 from bnlayer.spec import BatchNormSpec
 
 Name = TypeVar("Name", bound=Hashable)
@@ -75,17 +76,10 @@ def output_of(returned: Any, skipped: type[Any] | tuple[type[Any], ...] = ()) ->
     Raises:
         UnsupportedError: there is none.
     """
-    leaves = jax.tree.leaves(returned, is_leaf=lambda node: isinstance(node, skipped))
-    found = next((leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray))), None)
+    found = first_array(returned, lambda one: isinstance(one, (jax.Array, np.ndarray)), skipped)
     if found is None:
         raise UnsupportedError(f"the model returned no array, but a {type(returned).__name__}.")
     return found
-
-
-def widened(array: Any) -> NDArray:
-    """A numpy copy in float32 or wider."""
-    found = np.array(array)
-    return found if found.dtype in (np.float32, np.float64) else found.astype(np.float32)
 
 
 def modes_of(call: Callable[..., Any]) -> dict[str, bool]:

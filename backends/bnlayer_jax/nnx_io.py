@@ -14,10 +14,11 @@ from jax.core import Tracer
 
 from bnlayer.checkpoint import Checkpoint
 from bnlayer.contract import Run
+from bnlayer.outputs import widened
 from bnlayer.spec import BatchNormSpec
 
 from .flax_layers import flax_layer, is_array
-from .model_io import in_order, modes_of, output_of, placed, refuse_cumulative, tensor_of, values_for, widened
+from .model_io import in_order, modes_of, output_of, placed, refuse_cumulative, tensor_of, values_for
 
 Held = dict[str, Any]  # tensor name to the Variable, or the array that is none
 NDArray = np.ndarray[Any, np.dtype[Any]]
@@ -66,7 +67,8 @@ def configure(layer: nnx.BatchNorm, name: str, spec: BatchNormSpec) -> Callable[
 
     def apply() -> None:
         layer.epsilon = spec.epsilon
-        layer.momentum = spec.decay  # ours takes "cumulative" too
+        held: Any = layer  # ours takes "cumulative" too, for which the host's has no type
+        held.momentum = spec.decay
 
     return apply
 
@@ -103,7 +105,7 @@ def run(model: nnx.Module, x: NDArray, paths: Mapping[int, str], *, training: bo
     }
     with _flags(model, training), _watched(model, watched, seen):
         returned = model(jnp.asarray(x), **modes_of(model))
-    return Run(model, widened(output_of(returned)), layers, tuple(calls))
+    return Run(model, widened(np.asarray(output_of(returned))), layers, tuple(calls))
 
 
 @contextmanager

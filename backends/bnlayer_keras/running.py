@@ -12,6 +12,7 @@ import numpy as np
 
 from bnlayer.contract import NDArray, Run
 from bnlayer.errors import UnsupportedError
+from bnlayer.outputs import first_array, widened
 
 from . import runtime
 from .bridge import to_array
@@ -45,10 +46,10 @@ def run(model: Any, x: NDArray, *, training: bool, capture: bool) -> Run:
         tensor = keras.ops.convert_to_tensor(np.ascontiguousarray(moved))
         # A model whose call has no such argument leaves it to its layers, and theirs is False by itself.
         told = {"training": False} if model._call_has_training_arg else {}
-        found = _first(model(tensor, **told))
+        found = first_array(model(tensor, **told), runtime.load_keras().ops.is_tensor)
         if found is None:
             raise UnsupportedError(f"{model.name} returns no tensor to compare.")
-        output = _wide(to_array(found))
+        output = widened(to_array(found))
     if first and output.ndim >= _SPATIAL:
         output = np.moveaxis(output, 1, -1)
     return Run(model, output, seen, tuple(calls))
@@ -108,24 +109,3 @@ def _channels_first(layers: Mapping[str, Any]) -> bool:
     said = [layer.data_format for layer in layers.values() if isinstance(getattr(layer, "data_format", None), str)]
     order: str = [*said, runtime.load_keras().config.image_data_format()][0]
     return order == "channels_first"
-
-
-def _first(output: Any) -> Any:
-    """The first tensor of what a model returned: of named ones the logits, where there are any."""
-    if runtime.load_keras().ops.is_tensor(output):
-        return output
-    if not isinstance(output, (Mapping, list, tuple)) and hasattr(output, "__dict__"):
-        output = vars(output)
-    if isinstance(output, Mapping):
-        output = [output[key] for key in sorted(output, key=lambda key: key != "logits")]
-    if not isinstance(output, (list, tuple)):
-        return None
-    named = getattr(output, "logits", None)
-    return next((found for each in (named, *output) if (found := _first(each)) is not None), None)
-
-
-def _wide(array: NDArray) -> NDArray:
-    """Of no less than float32's precision; whole numbers as float64."""
-    if array.dtype.kind in "fc" and array.dtype.itemsize >= 4:
-        return array
-    return array.astype(np.float64 if array.dtype.kind in "biu" else np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlayer.contract import NDArray, Run
 from bnlayer.errors import UnsupportedError
+from bnlayer.outputs import first_array, widened
 
 from .bridge import to_array, to_tensor
 from .reading import own_tensors
@@ -36,10 +37,10 @@ def run(model: nn.Module, x: NDArray, *, training: bool, capture: bool) -> Run:
         stack.enter_context(_modes(model, training))
         if capture:
             stack.enter_context(_captured(model, seen, calls))
-        found = _first(model(_input(model, x)))
+        found = first_array(model(_input(model, x)), lambda one: isinstance(one, Tensor))
         if found is None:
             raise UnsupportedError(f"{type(model).__name__} returns no tensor to compare.")
-        output = _wide(to_array(found))
+        output = widened(to_array(found))
     if output.ndim >= _SPATIAL:
         output = np.moveaxis(output, 1, -1)
     return Run(model, output, seen, tuple(calls))
@@ -88,24 +89,3 @@ def _input(model: nn.Module, x: NDArray) -> Tensor:
     return tensor.to(
         device=held[0].device if held else None, dtype=floating if tensor.is_floating_point() else tensor.dtype
     )
-
-
-def _first(output: Any) -> Tensor | None:
-    """The first tensor of what a model returned: of named ones the logits, where there are any."""
-    if isinstance(output, Tensor):
-        return output
-    if not isinstance(output, (Mapping, list, tuple)) and hasattr(output, "__dict__"):
-        output = vars(output)
-    if isinstance(output, Mapping):
-        output = [output[key] for key in sorted(output, key=lambda key: key != "logits")]
-    if not isinstance(output, (list, tuple)):
-        return None
-    named = getattr(output, "logits", None)
-    return next((found for each in (named, *output) if (found := _first(each)) is not None), None)
-
-
-def _wide(array: NDArray) -> NDArray:
-    """Of no less than float32's precision; whole numbers as float64."""
-    if array.dtype.kind in "fc" and array.dtype.itemsize >= 4:
-        return array
-    return array.astype(np.float64 if array.dtype.kind in "biu" else np.float32)

@@ -272,8 +272,7 @@ def _owner(checkpoint: Checkpoint, parts: Mapping[str, str], features: int) -> s
     """The layer right before, where the order is the model's: a kernel that gives this many channels."""
     if not checkpoint.order_is_meaningful:
         return None
-    first, before = min(list(checkpoint.tensors).index(name) for name in parts.values()), list(checkpoint.tensors)
-    for name in reversed(before[:first]):
+    for name in checkpoint.before(parts.values()):
         shape = checkpoint.tensors[name].shape
         if len(shape) >= 2:
             return naming.split(name)[0] if features in (shape[0], shape[1], shape[-1], shape[-1] * shape[-2]) else None

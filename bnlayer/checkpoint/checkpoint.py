@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,19 @@ class Checkpoint(Mapping[str, NDArray]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    @cached_property
+    def _places(self) -> Mapping[str, int]:
+        return {name: i for i, name in enumerate(self.tensors)}
+
+    def before(self, names: Iterable[str]) -> Iterator[str]:
+        """The names of the tensors that come before the first of these, the nearest first."""
+        first = min(self._places[name] for name in names)
+        return (self._names[i] for i in range(first - 1, -1, -1))
 
     def __getitem__(self, name: str) -> NDArray:
         return self.tensors[name].read()

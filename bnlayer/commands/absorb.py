@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .operations import opened, saved, source_and_target, which
+from .operations import opened, saved, source_and_target, specs_beside, which
 
 
 @click.command(
@@ -23,10 +23,11 @@ def command(source: Path, target: Path, key: str | None, force: bool, only: tupl
       bnlayer absorb model.pt without_biases.pt
 
     \b
-    Exit codes: 0 done; 1 done, and exact in eval mode alone; 2 usage; 3 refused, nothing was written.
+    Exit codes: 0 done; 1 done with a loss that it names; 2 usage; 3 refused, nothing was written.
     """
     from bnlayer.surgery.absorb import absorb
     from bnlayer.surgery.edits import Notes
 
     notes = Notes()
-    saved(absorb(opened(source, key), only or None, keep=keep, note=notes.add), target, notes, force=force)
+    result = absorb(opened(source, key), only or None, keep=keep, note=notes.add)
+    saved(result, target, notes, force=force, specs=specs_beside(source))

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from .operations import opened, saved
+from bnlayer.errors import CheckpointError
+
+from .operations import opened, saved, specs_beside
 
 
 @click.command(
@@ -29,13 +31,17 @@ def command(sources: tuple[Path, ...], target: Path, weights: tuple[float, ...],
       bnlayer average old.pt new.pt mean.pt --weight 1 --weight 3
 
     \b
-    Exit codes: 0 done; 1 done, and exact in eval mode alone; 2 usage; 3 refused, nothing was written.
+    Exit codes: 0 done; 1 done with a loss that it names; 2 usage; 3 refused, nothing was written.
     """
     from bnlayer.surgery.average import average
     from bnlayer.surgery.edits import Notes
 
     if weights and len(weights) != len(sources):
         raise click.UsageError(f"there are {len(sources)} checkpoints, and {len(weights)} weights.")
+    beside, *others = (specs_beside(source) for source in sources)
+    if any(other != beside for other in others):
+        raise CheckpointError("the .bnlayer.json files beside the checkpoints differ: these are no checkpoints of one"
+                              " model with the same settings.")  # fmt: skip
     notes = Notes()
     result = average([opened(source, key) for source in sources], weights or None, note=notes.add)
-    saved(result, target, notes, force=force)
+    saved(result, target, notes, force=force, specs=beside)

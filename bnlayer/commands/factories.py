@@ -45,6 +45,6 @@ def shape_of(text: str, option: str) -> tuple[int, ...]:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:
         shape = ()
-    if not shape or min(shape) < 1:
-        raise click.BadParameter(f"expected a shape such as 2,65,65,3; got {text!r}.", param_hint=option)
+    if len(shape) < 2 or min(shape) < 1:
+        raise click.BadParameter(f"expected batch,...,channels such as 2,65,65,3; got {text!r}.", param_hint=option)
     return shape

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .operations import opened, present_epsilon, saved, source_and_target, which
+from .operations import known_epsilon, model_of, opened, present_epsilon, saved, source_and_target, specs_beside, which
 
 
 @click.command(
@@ -18,7 +18,12 @@ from .operations import opened, present_epsilon, saved, source_and_target, which
 @which
 @present_epsilon("--epsilon")
 @click.option("--keep", is_flag=True, help="Leave each batch norm as an identity, so that the same model loads DST.")
-@click.option("--model", "factory", metavar="MODULE:FACTORY", help="Your model: a run of it proves the fold.")
+@click.option(
+    "--model",
+    "factory",
+    metavar="pkg.module:factory",
+    help="A function that returns your model: a run of it proves the fold.",
+)
 @click.option(
     "--input", "shape", metavar="N,...,C", help="The model's input shape, channels last. Needed with --model."
 )
@@ -40,24 +45,25 @@ def command(
       bnlayer fold model.weights.h5 folded.weights.h5 --keep --model models:build --input 2,65,65,3
 
     \b
-    Exit codes: 0 done; 1 done, and exact in eval mode alone; 2 usage; 3 refused, nothing was written.
+    Exit codes: 0 done; 1 done with a loss that it names; 2 usage; 3 refused, nothing was written.
     """
     import numpy as np
 
     from bnlayer.surgery.edits import Notes
     from bnlayer.surgery.fold import fold
 
-    from .factories import made, shape_of
+    from .factories import shape_of
 
     if (factory is None) != (shape is None):
         raise click.UsageError("--model and --input go together.")
+    beside = specs_beside(source)
     more: dict[str, Any] = {}
     if factory is not None and shape is not None:
         x = np.random.default_rng(0).normal(size=shape_of(shape, "--input")).astype(np.float32)
-        more = {"model": made(factory, "--model"), "x": x}
+        more = {"model": model_of(factory, beside), "x": x}
     notes = Notes()
     result = fold(
         opened(source, key), only or None, keep=keep, tolerance=tolerance, allow_partial=allow_partial,
-        accept_assumed=accept_assumed, note=notes.add, epsilon=epsilon_now, **more,
+        accept_assumed=accept_assumed, note=notes.add, epsilon=known_epsilon(epsilon_now, beside, only), **more,
     )  # fmt: skip
-    saved(result, target, notes, force=force)
+    saved(result, target, notes, force=force, specs=beside)

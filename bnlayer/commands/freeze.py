@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .operations import opened, present_epsilon, saved, source_and_target, which
+from .operations import known_epsilon, opened, present_epsilon, saved, source_and_target, specs_beside, which
 
 
 @click.command(
@@ -29,7 +29,7 @@ def command(
       bnlayer freeze model.pt frozen.pt --from 1e-3
 
     \b
-    Exit codes: 0 done; 1 done, and exact in eval mode alone; 2 usage; 3 refused, nothing was written.
+    Exit codes: 0 done; 1 done with a loss that it names; 2 usage; 3 refused, nothing was written.
     """
     from bnlayer.surgery.edits import Notes
     from bnlayer.surgery.freeze import freeze
@@ -37,6 +37,6 @@ def command(
     notes = Notes()
     result = freeze(
         opened(source, key), only or None, epsilon=epsilon, accept_assumed=accept_assumed, note=notes.add,
-        epsilon_now=epsilon_now,
+        epsilon_now=known_epsilon(epsilon_now, specs_beside(source), only),
     )  # fmt: skip
     saved(result, target, notes, force=force)

@@ -26,14 +26,18 @@ _DIALECT_OF: Final = {"torch": "torch", "safetensors": "torch", "keras.h5": "ker
 )
 @click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
 @click.argument("destination", type=click.Path(path_type=Path), metavar="DST")
-@click.option("--to", "format", metavar="FORMAT", help="DST's format; else its name says it.")
+@click.option("--to", "format", metavar="FORMAT",
+              help="DST's format (torch, safetensors, keras.h5, tensorflow, flax, orbax, npz); else its name says"
+              " it.")  # fmt: skip
 @click.option("--template", metavar="FILE|pkg.module:factory",
               help="What is wanted: a checkpoint with the names and shapes, or a function that returns a live model,"
               " which tells more.")  # fmt: skip
 @click.option("--map", "rules", type=click.Path(path_type=Path), metavar="RULES.toml",
               help="Which layer is which, where names and shapes do not tell.")  # fmt: skip
 @click.option("--only", type=click.Choice(["bn"]), help="Batch norms alone; the rest keeps the template's values.")
-@click.option("--src-dialect", metavar="D", help="Whose layouts SRC has, where its names do not tell.")
+@click.option("--src-dialect", metavar="D",
+              help="Whose layouts SRC has, where its names do not tell: torch, keras, flax, haiku or"
+              " equinox.")  # fmt: skip
 @click.option("--src-epsilon", type=float, metavar="X", help="SRC's epsilon, where the file does not say.")
 @click.option("--src-momentum", type=float, metavar="X",
               help="SRC's momentum in its framework's own sense, where the file does not say.")  # fmt: skip
@@ -44,12 +48,14 @@ _DIALECT_OF: Final = {"torch": "torch", "safetensors": "torch", "keras.h5": "ker
               help="Of TensorFlow's twins: the variables, or their moving averages.")  # fmt: skip
 @click.option("--key", metavar="NAME", help="Which of several models in SRC, such as model_ema.")
 @click.option("--module-stubs", is_flag=True, help="Read a whole pickled torch module; none of its code runs.")
-@click.option("--allow-partial", is_flag=True, help="Write what can be ported, and list the rest.")
+@click.option("--allow-partial", is_flag=True, help="Write what can be ported, and list the rest: exit code 1.")
 @click.option("--dry-run", is_flag=True, help="Plan and report; write nothing.")
-@click.option("--force", is_flag=True, help="Replace DST.")
+@click.option("--force", is_flag=True, help="Replace DST if it is there.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="OUT.json", help="Write the report as JSON too.")
-@click.option("--verify-src", metavar="pkg.module:factory", help="A live model of SRC; it is filled from SRC and run.")
-@click.option("--verify-dst", metavar="pkg.module:factory", help="A live model of DST, likewise.")
+@click.option("--verify-src", metavar="pkg.module:factory",
+              help="A function that returns a live model of SRC: it is filled from SRC and run, and tells epsilon and"
+              " momentum, which most files do not.")  # fmt: skip
+@click.option("--verify-dst", metavar="pkg.module:factory", help="The same for DST, usually --template's.")
 @click.option("--input", "first", default="2,65,65,3", show_default=True, metavar="N,...,C",
               help="Shape of the input for both; sizes of 2^k + 1 show the weights.")  # fmt: skip
 @click.option("--also-input", "second", default="2,64,64,3", show_default=True, metavar="N,...,C",
@@ -57,18 +63,18 @@ _DIALECT_OF: Final = {"torch": "torch", "safetensors": "torch", "keras.h5": "ker
 @click.option("--train-steps", type=click.IntRange(min=0), default=3, show_default=True,
               help="Forward passes in training mode, whose moving statistics are compared.")  # fmt: skip
 def command(**options: Any) -> None:
-    """Port the weights of a checkpoint SRC into DST, whose names, shapes and order the template has.
+    """Port the weights of a checkpoint SRC to another framework: write DST, for the model that the template shows.
+
+    Layers are matched by shapes, names and order; what these do not decide is refused and listed, never guessed.
+    Batch norms arrive with statistics, epsilon and momentum: what DST cannot hold is written to DST.bnlayer.json, and
+    bnlayer.porting.load_into(model, DST) loads both. With --verify-src and --verify-dst both models are run and
+    compared, and nothing is written unless they agree.
 
     \b
-    Layers are matched by shapes, names and order; what these do not decide is refused
-    and listed, never guessed. Batch norms arrive with statistics, epsilon and momentum:
-    what DST cannot hold is written to DST.bnlayer.json, and
-    bnlayer.porting.load_into(model, DST) sets it.
-
-    \b
-      bnlayer port resnet.weights.h5 resnet.pt --template mine:torch_resnet
-      bnlayer port old.pt new.msgpack --template like.msgpack --map rules.toml --dry-run
-      bnlayer port r.weights.h5 r.pt --template mine:torch --verify-src mine:keras --verify-dst mine:torch
+      bnlayer port net.weights.h5 net.pt --template mine:torch_net --dry-run
+      bnlayer port net.weights.h5 net.pt --template mine:torch_net \\
+          --verify-src mine:keras_net --verify-dst mine:torch_net
+      bnlayer port old.pt new.msgpack --template like.msgpack --map rules.toml
 
     \b
     Exit codes: 0 exact or converted; 1 something was lost, as allowed; 2 usage;
@@ -122,7 +128,8 @@ def _progress() -> Callable[[str], None]:
 def _port(asked: _Asked, progress: Callable[[str], None]) -> int:
     from bnlayer.checkpoint.formats import named
     from bnlayer.porting import Rules, plan, verify
-    from bnlayer.porting.models import filled, sidecar, write_sidecar
+    from bnlayer.porting.models import filled
+    from bnlayer.porting.sidecars import sidecar, write_sidecar
     from bnlayer.porting.swaps import try_swaps
 
     if not asked.dry_run:

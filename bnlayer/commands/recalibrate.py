@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .operations import opened, saved, source_and_target, which
+from .operations import model_of, opened, saved, source_and_target, specs_beside, which
 
 
 @click.command(
@@ -17,8 +17,10 @@ from .operations import opened, saved, source_and_target, which
 )
 @source_and_target
 @which
-@click.option("--model", "factory", required=True, metavar="MODULE:FACTORY", help="Returns the model that loads SRC.")
-@click.option("--data", required=True, metavar="MODULE:FACTORY|FILE.npz",
+@click.option(
+    "--model", "factory", required=True, metavar="pkg.module:factory", help="Returns the model that loads SRC."
+)
+@click.option("--data", required=True, metavar="pkg.module:factory|FILE.npz",
               help="Yields batches, or an .npz whose only array, or x, is the inputs: channels last.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Of an .npz.")
 def command(
@@ -35,7 +37,7 @@ def command(
       bnlayer recalibrate model.weights.h5 new.weights.h5 --model models:build --data inputs.npz
 
     \b
-    Exit codes: 0 done; 1 done, and exact in eval mode alone; 2 usage; 3 refused, nothing was written.
+    Exit codes: 0 done; 1 done with a loss that it names; 2 usage; 3 refused, nothing was written.
     """
     from bnlayer.registry import adapter
     from bnlayer.surgery.edits import Notes
@@ -45,12 +47,14 @@ def command(
 
     before = opened(source, key)
     batches = _npz(Path(data), batch_size) if data.endswith(".npz") else made(data, "--data")
-    model: Any = made(factory, "--model")
+    beside = specs_beside(source)
+    model: Any = model_of(factory, beside)
     reach = adapter(model)
     model = reach.write(model, before)
     notes = Notes()
     found = population(model, batches, only or None)
-    saved(before.replace(statistics(reach.read(model), found, notes.add)), target, notes, force=force)
+    result = before.replace(statistics(reach.read(model), found, notes.add))
+    saved(result, target, notes, force=force, specs=beside)
 
 
 def _npz(path: Path, size: int) -> Iterable[Any]:

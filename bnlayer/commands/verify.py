@@ -15,28 +15,16 @@ _ODD: Final = "2,65,65,3"
 _EVEN: Final = "2,64,64,3"
 
 
-def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None or value == "":
-        return None
-    try:
-        shape = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        shape = ()
-    if len(shape) < 2 or min(shape) < 1:
-        raise click.BadParameter(f"expected batch,...,channels such as {_ODD}; got {value!r}.")
-    return shape
-
-
 @click.command(
     short_help="Whether a ported model computes what its source does, and if not, why.",
     epilog="\b\nExample:\n  bnlayer verify mine:keras_resnet mine:torch_resnet",
 )
 @click.argument("source", metavar="SRC_MODEL")
 @click.argument("target", metavar="DST_MODEL")
-@click.option("--input", "first", callback=_shape, default=_ODD, show_default=True, metavar="N,...,C",
+@click.option("--input", "first", default=_ODD, show_default=True, metavar="N,...,C",
               help="An input's shape, batch first and channels last. Sizes of 2^k + 1 show the weights: there all"
               " paddings are alike.")  # fmt: skip
-@click.option("--also-input", "second", callback=_shape, default=_EVEN, show_default=True, metavar="N,...,C",
+@click.option("--also-input", "second", default=_EVEN, show_default=True, metavar="N,...,C",
               help="Another one, whose even size shows the padding; '' for none.")  # fmt: skip
 @click.option("--train-steps", type=click.IntRange(min=0), default=3, show_default=True,
               help="Forward passes in training mode, whose moving statistics are compared.")  # fmt: skip
@@ -47,8 +35,8 @@ def _shape(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 def command(
     source: str,
     target: str,
-    first: tuple[int, ...],
-    second: tuple[int, ...] | None,
+    first: str,
+    second: str,
     train_steps: int,
     rules: Path | None,
     seed: int,
@@ -65,7 +53,7 @@ def command(
     \b
     Exit codes: 0 they compute the same; 1 they do not; 2 usage; 3 they cannot be compared.
     """
-    from bnlayer.commands.factories import made
+    from bnlayer.commands.factories import made, shape_of
     from bnlayer.porting.models import read
     from bnlayer.porting.planning import plan
     from bnlayer.porting.rules import Rules
@@ -82,7 +70,7 @@ def command(
         if sys.stderr.isatty():
             click.echo(f"{what} ...", err=True)
 
-    shapes = [shape for shape in (first, second) if shape is not None]
+    shapes = [shape_of(first, "--input"), *([shape_of(second, "--also-input")] if second else [])]
     found = verify(mine, theirs, shapes=shapes, train_steps=train_steps, plan=planned, seed=seed, progress=progress)
     click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False) if as_json else str(found))
     sys.exit(0 if found.ok else 1)

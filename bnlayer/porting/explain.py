@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import UnsupportedError
 from .noise import difference, tolerance_of
 from .pairing import Pairing, alike, close
@@ -276,7 +277,7 @@ class Explanation:
         error = self._error(p.expected)
         if error > tolerance:
             units = p.target.units(p.expected)
-            chosen, after = find_exchanges(p.expected, units, self._error, tolerance)
+            chosen, after = find_exchanges(p.expected, units, self._error, self._suspect, tolerance)
             if not chosen:
                 return
             pairs = ", ".join(f"{a} and {b}" for a, b in chosen)
@@ -322,6 +323,18 @@ class Explanation:
         return difference(
             p.source.run(x, training=self._training).output, p.target.run(x, training=self._training).output
         )
+
+    def _suspect(self, checkpoint: Checkpoint) -> str | None:
+        """The layer that the first batch norm belongs to whose output differs with these tensors in the target."""
+        p = self.pairing
+        p.target.put(checkpoint)
+        mine, theirs = (side.run(self._x, training=self._training) for side in (p.source, p.target))
+        tolerance, units = self._tolerance(self._x), p.target.units(checkpoint)
+        for name, (_, output) in theirs.layers.items():
+            partner = mine.layers.get(p.partners.get(name, ""))
+            if partner is not None and difference(partner[1], output) > tolerance:
+                return units[name].owner
+        return None
 
     def _set_epsilon(self, epsilons: Mapping[str, float]) -> bool:
         """Set the source's epsilon in the target; where the target's code has it, the target's in the source."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -64,10 +64,10 @@ def flattens(source: Units, target: Units, s: Unit, t: Unit, given: Shape | None
             return None, f"it takes {features} features, and the shape before flattening, {known}, has {prod(known)}"
         return (known, "") if prod(known[1:]) > 1 else (None, "")
     # Only the first dense layer after convolutions can have a flattened input.
-    widths = [
-        {u.channels for u in side.units if u.kind in ("conv", "depthwise", "conv transpose", "batch norm", "norm")}
-        for side in (source, target)
-    ]
+    befores = [_width_before(side, u) for side, u in ((source, s), (target, t)) if side.ordered == "all"]
+    if any(width is not None and features != width and features % width == 0 for width in befores):
+        return None, _unclear(features)
+    widths = [{u.channels for u in side.units if u.kind in _SPATIAL} for side in (source, target)]
     dense = [{u.channels for u in side.units if u.kind == "dense"} for side in (source, target)]
     convolutional = any(u.kind in ("conv", "depthwise", "conv transpose") for u in source.units)
     if not convolutional or features in widths[0] or features in widths[1]:
@@ -75,8 +75,22 @@ def flattens(source: Units, target: Units, s: Unit, t: Unit, given: Shape | None
     if features in dense[0] and features in dense[1]:
         return None, ""
     if any(features % width == 0 and features > width for width in widths[0]):
-        return None, (
-            f"its {features} features may be a flattened feature map, whose order differs between the frameworks; give"
-            " flatten = [channels, height, width] in a rules file, or a live model as the template"
-        )
+        return None, _unclear(features)
     return None, ""
+
+
+_SPATIAL: Final = ("conv", "depthwise", "conv transpose", "batch norm", "norm")
+
+
+def _width_before(side: Units, dense: Unit) -> int | None:
+    """The channels of the layer just before a dense one, if that may have a feature map for output; else None."""
+    before = [u for u in side.units if u.order < dense.order]
+    convolutional = any(u.kind in ("conv", "depthwise", "conv transpose") for u in before)
+    return before[-1].channels if convolutional and before[-1].kind in _SPATIAL else None
+
+
+def _unclear(features: int) -> str:
+    return (
+        f"its {features} features may be a flattened feature map, whose order differs between the frameworks; give"
+        " flatten = [channels, height, width] in a rules file, or a live model as the template"
+    )

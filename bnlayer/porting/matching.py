@@ -3,11 +3,14 @@
 The votes: a shape that only one layer of a kind has on either side; the names' rules (`names`); the order in which the
 layers come, where both sides have one; the layer that a batch norm belongs to. A pair is accepted on its unique shape,
 on a names' rule that the order does not contradict, on its owner's match, or because nothing else is left of its class.
-Order alone decides nothing: two layers of equal shape may have been defined in either order.
+Where one side has more layers of a class than the other, none of them is matched: block 5 of 5 is not block 5 of 6.
+Order alone decides nothing: two layers of equal shape may have been defined in either order. It decides only between
+rules that the names allow alike.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,40 +122,30 @@ class _Search:
             for s, t in rule.pairs.items():
                 says[s].add(t)
                 claimed[t].add(s)
+        ordered = "no" not in (self.source.ordered, self.target.ordered)
         for sources, targets in _classes(source_class, target_class).values():
-            if not sources or not targets:
+            # With more of them on one side, the names may be right and the layers others: block 5 of 5, or of 6.
+            if not sources or len(sources) != len(targets):
                 continue
-            unique = len(sources) == len(targets) == 1
-            for s in sources:
-                told_by_names = next(iter(says[s])) if len(says[s]) == 1 else None
-                if told_by_names is not None and claimed[told_by_names] == {s}:
-                    t = told_by_names
-                    self.accept(
-                        s,
-                        t,
-                        *(["shape"] if unique else []),
-                        "names",
-                        *self.order_vote(s, t, source_class, target_class),
-                    )
-                elif unique and not says[s] and not claimed[targets[0]]:
-                    self.accept(s, targets[0], "shape")
-            rest = [s for s in sources if s not in self.pairs]
-            taken = {t for t, _ in self.pairs.values()}
-            open_ = [t for t in targets if t not in taken]
-            if len(sources) == len(targets) > 1 and len(rest) == len(open_) == 1:
-                s, t = rest[0], open_[0]
-                if says[s] <= {t} and claimed[t] <= {s}:
-                    self.accept(s, t, "elimination")
-
-    def order_vote(
-        self, s: str, t: str, source_class: Mapping[str, Hashable], target_class: Mapping[str, Hashable]
-    ) -> list[str]:
-        """["order"] where they have the same place in their class."""
-        if "no" in (self.source.ordered, self.target.ordered):
-            return []
-        sources = [name for name, one in source_class.items() if one == source_class[s]]
-        targets = [name for name, one in target_class.items() if one == target_class[t]]
-        return ["order"] if len(sources) == len(targets) and sources.index(s) == targets.index(t) else []
+            unsure = _with_twins(sources, says) | _with_twins(targets, claimed)
+            one_to_one = {
+                s: t for s in sources if len(says[s]) == 1 for t in says[s]
+                if claimed[t] == {s} and s not in unsure and t not in unsure
+            }  # fmt: skip
+            shape = ["shape"] if len(sources) == 1 else []
+            place = {t: i for i, t in enumerate(targets)}
+            for i, s in enumerate(sources):
+                if s in one_to_one:
+                    order = ["order"] if ordered and place[one_to_one[s]] == i else []
+                    self.accept(s, one_to_one[s], *shape, "names", *order)
+            rest = [s for s in sources if s not in one_to_one]
+            known = set(one_to_one.values())
+            open_ = [t for t in targets if t not in known]
+            if len(rest) == len(open_) == 1 and says[rest[0]] <= {open_[0]} and claimed[open_[0]] <= {rest[0]}:
+                if not one_to_one:
+                    self.accept(rest[0], open_[0], "shape")
+                elif _odd(rest[0], one_to_one) == _odd(open_[0], one_to_one.values()):
+                    self.accept(rest[0], open_[0], "elimination")
 
     def in_order(self, pairs: Sequence[tuple[str, str]]) -> bool:
         """Whether layers of one kind come in the same order on both sides, where both have one."""
@@ -174,7 +167,7 @@ class _Search:
             if unit.owner is not None and unit.owner in self.pairs:
                 mine[unit.owner].append(unit)
         before = _Search(self.source, self.target, {}, dict(self.pairs))
-        before.by_votes(["batch norm"], _strict)
+        before.by_votes(["batch norm"], self.with_owner())
         voted = {s: t for s, (t, _) in before.pairs.items() if s not in self.pairs}
         back = {t: s for s, t in voted.items()}
         for owner, units in mine.items():
@@ -192,9 +185,32 @@ class _Search:
             if (u := self.source[s]).owner in self.pairs and u.certain_owner and self.target[t].certain_owner
             and self.pairs[str(u.owner)][0] != self.target[t].owner
         }  # fmt: skip
+        straight = self.counted_alike()
         for name, goal in voted.items():
+            if not straight and (_is_count(name, self.source) or _is_count(goal, self.target)):
+                continue  # batch norms were counted as the convolutions were, which come in two orders
             if name not in self.pairs and goal not in taken and name not in opposed:
                 self.accept(name, goal, *before.pairs[name][1])
+
+    def counted_alike(self) -> bool:
+        """Whether the kernels matched so far come in one order on both sides; by their numbers, where that is lost."""
+        sides = [
+            {u.name: i for i, u in enumerate(side.units if side.ordered != "no" else sorted(side.units, key=_natural))}
+            for side in (self.source, self.target)
+        ]
+        by_kind: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+        for s, (t, _) in self.pairs.items():
+            if self.source[s].kind in KERNELS:
+                by_kind[self.source[s].kind, self.target[t].kind].append((sides[0][s], sides[1][t]))
+        return all([b for _, b in sorted(places)] == sorted(b for _, b in places) for places in by_kind.values())
+
+    def with_owner(self) -> Key:
+        """A batch norm's class: with its owner's, where every one has an owner on both sides."""
+        norms = [(side, u) for side in (self.source, self.target) for u in side.units if u.kind == "batch norm"]
+        if any(u.owner is None for _, u in norms):
+            return _strict
+        owners = {id(u): _loose(side[str(u.owner)]) for side, u in norms}
+        return lambda unit: (_strict(unit), owners[id(unit)])
 
     def kernels_of_batch_norms(self) -> None:
         """A layer that nothing else tells goes with its batch norm, where that was matched for a reason of its own."""
@@ -225,6 +241,32 @@ class _Search:
                     )
                 )  # fmt: skip
         return result
+
+
+def _with_twins(alike: Sequence[str], told: Mapping[str, set[str]]) -> set[str]:
+    """The layers of a class that only the last number tells from one that no rule knows.
+
+    Where conv_2 and conv_3 of a block are of one shape and other blocks have no conv_3, either may be what conv_2 is
+    there.
+    """
+    stems = {name: re.sub(r"\d+(?=\D*$)", "#", name) for name in alike}
+    unknown = {stem for name, stem in stems.items() if stem != name and not told.get(name)}
+    return {name for name, stem in stems.items() if stem in unknown}
+
+
+def _is_count(name: str, side: Units) -> bool:
+    """Whether it is its count that tells it from others: batch_normalization (of several), features.31."""
+    return re.fullmatch(r"\D*\d+", name) is not None or any(u.name == f"{name}_1" for u in side.units)
+
+
+def _natural(unit: Unit) -> list[tuple[str, int]]:
+    """A key that sorts conv_10 behind conv_9, and conv before conv_1."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*?)_?(\d+|$)", unit.name)]
+
+
+def _odd(name: str, others: Iterable[str]) -> bool:
+    """Whether none of the others is named like it."""
+    return all(re.sub(r"\d+", "#", other) != re.sub(r"\d+", "#", name) for other in others)
 
 
 Key = Callable[[Unit], Hashable]

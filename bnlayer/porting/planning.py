@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from dataclasses import replace as with_fields
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from .kernels import flattens, kernel_for
 from .layouts import Shape
 from .report import Report
 from .rules import Rules
+from .sidecars import write_sidecar
 from .states import tensors_for
 from .units import Unit, Units, units_of
 
@@ -88,8 +90,25 @@ class Plan:
             if name in changes and changes[name].shape != tensor.shape:
                 raise CheckpointError(f"{name}: {changes[name].shape} was made for a tensor of shape {tensor.shape}.")
         like = self.target.checkpoint
+        for alias, first in like.metadata.get("tied", {}).items():  # one tensor under two names
+            if first in changes and alias in like.tensors:
+                changes[alias] = changes[first]
         made = {name: Tensor.of(changes[name]) if name in changes else like.tensors[name] for name in like.tensors}
         return with_fields(like, tensors=made)
+
+    def save(
+        self, path: str | Path, format: str | None = None, *, force: bool = False, allow_partial: bool = False
+    ) -> Checkpoint:
+        """Apply it, and write the checkpoint with its batch norms' specs beside it, for `load_into`.
+
+        Args:
+            path, format, force: as of `bnlayer.checkpoint.save`; the specs go to `PATH.bnlayer.json`.
+            allow_partial: as of `apply`, which says what is raised.
+        """
+        made = self.apply(allow_partial=allow_partial)
+        made.save(path, format, force=force)
+        write_sidecar(path, self.specs(), force=force)
+        return made
 
     def _pairs(self) -> list[tuple[Unit, Unit]]:
         pairs = [(self.source[m.source], self.target[m.target]) for m in self.matching.matches]

@@ -72,9 +72,14 @@ def tensors_for(
         counter = 0
         note("assumed", "number of updates 0: the source counts none, and only a cumulative average needs it",
              parts["num_updates"])  # fmt: skip
-    elif state.hidden_mean is not None:
+    elif state.hidden_mean is not None and not _plain(spec, state):
         note("lossy", "a zero-debiased average goes on as a plain one: its first updates weigh differently", name)
     return _placed(target, arrays, counter)
+
+
+def _plain(spec: BatchNormSpec, state: BatchNormState[NDArray]) -> bool:
+    """Whether so many updates have entered a zero-debiased average that it goes on as a plain one does."""
+    return spec.decay != "cumulative" and state.num_updates is not None and state.num_updates >= settled(spec.decay)
 
 
 def _hidden(

@@ -20,7 +20,7 @@ from .replay import NDArray
 from .sides import Side, with_tensors
 from .units import Unit, Units
 
-_MOST_RUNS: Final = 400  # forward passes; a search beyond is no proof but luck
+_MOST_RUNS: Final = 100  # forward passes; a search beyond is no proof but luck
 # A wrong order is an error of the size of the outputs; the right one, of their rounding. What lies between is neither.
 _APART: Final = 100.0
 
@@ -77,16 +77,29 @@ def exchanged(checkpoint: Checkpoint, units: Units, a: str, b: str) -> Checkpoin
 
 
 def find_exchanges(
-    checkpoint: Checkpoint, units: Units, error: Callable[[Checkpoint], float], tolerance: float
+    checkpoint: Checkpoint,
+    units: Units,
+    error: Callable[[Checkpoint], float],
+    suspect: Callable[[Checkpoint], str | None],
+    tolerance: float,
 ) -> tuple[list[tuple[str, str]], float]:
     """The exchanges that bring the error to rounding level, and what it is then; none where none do.
 
     Local improvement: the best exchange first, then the best after it, and so on.
+
+    Args:
+        error: of the outputs with these tensors.
+        suspect: the group from which on the models differ: one of the exchanged; None: it cannot be told.
+        tolerance: rounding level.
     """
     chosen: list[tuple[str, str]] = []
-    pairs = exchanges(units)
+    every = exchanges(units)
     least, runs = np.inf, 0
-    while runs + len(pairs) <= _MOST_RUNS and pairs:
+    while True:
+        first = suspect(checkpoint)
+        pairs = [pair for pair in every if first is None or first in pair]
+        if not pairs or runs + len(pairs) > _MOST_RUNS:
+            break
         trials = []
         for a, b in pairs:
             trials.append((error(exchanged(checkpoint, units, a, b)), a, b))

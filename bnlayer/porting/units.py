@@ -7,8 +7,9 @@ named, never guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Final, Literal
 
 from ..checkpoint.batch_norms import StoredBatchNorm, find
@@ -153,15 +154,17 @@ def dialect_of(checkpoint: Checkpoint) -> str:
     by_format = {"torch": "torch", "torch.legacy": "torch", "safetensors": "torch", "safetensors.index": "torch",
                  "onnx": "torch", "keras": "keras", "keras.h5": "keras", "tensorflow": "keras", "savedmodel": "keras",
                  "flax": "flax", "orbax": "flax", "haiku": "haiku", "equinox": "equinox"}  # fmt: skip
+    usual = by_format.get(checkpoint.format)
     leaves = {split(_clean(name))[1] for name in checkpoint}
     numbered = any(re.search(r"/vars/\d+$", name) for name in checkpoint)
     signs = {
         "torch": bool(leaves & {"weight", "running_mean", "running_var"}),
+        # torch's words too: only the format or the statistics tell the two apart.
+        "equinox": bool(leaves & {"batch_hidden_mean", "ema_mean"}) or (usual == "equinox" and "weight" in leaves),
         "haiku": "w" in leaves or any("/~/" in name for name in checkpoint),
         "keras": numbered or bool(leaves & {"moving_mean", "moving_variance", "weights", "depthwise_kernel"}),
         "flax": any(name.startswith(("params/", "batch_stats/")) for name in checkpoint),
     }
-    usual = by_format.get(checkpoint.format)
     if usual is not None and (signs.get(usual) or not any(signs.values())):
         return usual
     likely = [dialect for dialect, sign in signs.items() if sign]
@@ -193,8 +196,17 @@ def units_of(checkpoint: Checkpoint, *, dialect: str | None = None, **options: A
     units: list[Unit] = []
     strange: list[Strange] = []
     taken: set[str] = set()
+    tied: Mapping[str, str] = checkpoint.metadata.get("tied", {})
+    for alias, first in tied.items():
+        if alias in place and first in place:
+            taken.add(alias)
+            strange.append(Strange(alias, (alias,), f"it is {first}", harmless=True))
     for stored in found.batch_norms:
         here = {part for part in stored.parts.values() if part in place}
+        # Haiku counts the updates of the mean and of the variance apart.
+        here |= {twin for part in here if (twin := part.replace("/mean_ema/", "/var_ema/")) in place}
+        if here & taken:
+            continue
         taken |= here
         name = aliases.get(stored.name, stored.name)
         order = min(place[part] for part in here)
@@ -221,7 +233,8 @@ def units_of(checkpoint: Checkpoint, *, dialect: str | None = None, **options: A
     numbers = {name for name in rest if dialect == "equinox" and not checkpoint.tensors[name].shape}
     harmless = [name for name in rest if name in numbers or _HARMLESS.search(name)]
     strange += [Strange(name, (name,), "it is no weight of the model", harmless=True) for name in harmless]
-    left = {name: averaged.get(name, name) for name in rest if name not in harmless}
+    dropped = set(harmless)
+    left = {name: averaged.get(name, name) for name in rest if name not in dropped}
     for made in _by_names(checkpoint, left, dialect, place, aliases):
         (units if isinstance(made, Unit) else strange).append(made)  # type: ignore[arg-type]
     units.sort(key=lambda unit: unit.order)
@@ -229,7 +242,7 @@ def units_of(checkpoint: Checkpoint, *, dialect: str | None = None, **options: A
     ordered: Literal["all", "by class", "no"] = (
         "all" if checkpoint.order_is_meaningful else "by class" if numbered else "no"
     )
-    owned = tuple(_with_owner(unit, units, ordered == "all") for unit in units)
+    owned = _with_owners(units, dialect, ordered == "all")
     return Units(checkpoint, dialect, owned, tuple(strange), ordered)
 
 
@@ -259,7 +272,8 @@ def _from_layer(
     if kind is None and "." in layer.kind:
         kind = next((k for pattern, k in _CLASSES if re.fullmatch(pattern, last)), None)
         words = ("gamma", "beta") if kind == "norm" else ("kernel", "bias")
-        tensors = {dict(zip(("weight", "bias"), words, strict=True)).get(role, role): n for role, n in tensors.items()}
+        roles: dict[str, str] = dict(zip(("weight", "bias"), words, strict=True))
+        tensors = {roles.get(role, role): n for role, n in tensors.items()}
     known = {"gamma", "beta"} if kind == "norm" else {"kernel", "bias"}
     if kind is None or not tensors.keys() <= known or not tensors.keys() & {"kernel", "gamma", "beta"}:
         return Strange(layer.name, tuple(tensors.values()), f"a {last} is not understood; give it in a rules file, or"
@@ -313,6 +327,9 @@ def _by_names(
         if re.fullmatch(r"\d+", leaf) and owner.endswith("/vars") and dialect == "keras":
             owner = owner.removesuffix("/vars")
         owners.setdefault(owner, {})[leaf] = tensor
+    children: dict[str, set[str]] = {}
+    for owner in owners:
+        children.setdefault(split(owner)[0], set()).add(split(owner)[1])
     for owner, leaves in owners.items():
         name = aliases.get(owner, owner)
         made = _numbered(leaves, owner) if all(leaf.isdigit() for leaf in leaves) else _named(leaves, owner, dialect)
@@ -320,10 +337,7 @@ def _by_names(
             yield Strange(name, tuple(leaves.values()), made)
             continue
         kind, parts = made
-        if owner and {split(o)[1] for o in owners if split(o)[0] == split(owner)[0]} >= _RECURRENT[0]:
-            yield Strange(name, tuple(leaves.values()), "a recurrent layer is not understood")
-            continue
-        if owner and {split(o)[1] for o in owners if split(o)[0] == split(owner)[0]} >= _RECURRENT[1]:
+        if owner and any(children[split(owner)[0]] >= gates for gates in _RECURRENT):
             yield Strange(name, tuple(leaves.values()), "a recurrent layer is not understood")
             continue
         if _FUSED.search(owner):
@@ -335,10 +349,14 @@ def _by_names(
             parts = {{"kernel": "gamma", "bias": "beta"}[role]: tensor for role, tensor in parts.items()}
             kind = "norm"
         elif kind is None and rank == 2:
-            kind, doubt = "dense", ("embedding",) if dialect in ("torch", "equinox") and "bias" not in parts else ()
+            kind = "dense"
+            if dialect in ("torch", "equinox") and "bias" not in parts:
+                doubt = ("embedding",)
         elif kind is None and rank >= 3:
             told = _TRANSPOSED.search(owner.rsplit("/", 1)[-1]) or (dialect != "torch" and _TRANSPOSED.search(owner))
-            kind, doubt = ("conv transpose", ()) if told else ("conv", ("conv transpose",))
+            kind = "conv transpose" if told else "conv"
+            if not told:
+                doubt = ("conv transpose",)
             if rank == 3 and split(owner)[1] in ("query", "key", "value", "out") and dialect == "flax":
                 yield Strange(name, tuple(leaves.values()), "an attention's projections are not understood")
                 continue
@@ -370,10 +388,10 @@ def _named(leaves: Mapping[str, str], owner: str, dialect: str) -> tuple[Kind | 
     if unknown:
         return f"{', '.join(unknown)} of it {'is' if len(unknown) == 1 else 'are'} of no layer that is known"
     parts = {words[leaf][0]: tensor for leaf, tensor in leaves.items()}
-    kinds = {kind for leaf in leaves if (kind := words[leaf][1]) is not None}
+    kinds: set[Kind] = {told for leaf in leaves if (told := words[leaf][1]) is not None}
     if len(parts) != len(leaves) or len(kinds) > 1:
         return f"tensors {', '.join(leaves)} together are of no layer that is known"
-    kind = next(iter(kinds), None)
+    kind: Kind | None = next(iter(kinds), None)
     if kind == "norm":
         parts = {{"bias": "beta"}.get(role, role): tensor for role, tensor in parts.items()}
         if not parts.keys() <= {"gamma", "beta"}:
@@ -393,16 +411,48 @@ def _key(name: str) -> tuple[str, ...]:
     return tuple(word.lower() for word in words if word.lower() not in _NORM_WORDS)
 
 
-def _with_owner(unit: Unit, units: list[Unit], ordered: bool) -> Unit:
-    """A batch norm with the layer that it belongs to: the one of the same name but for "bn" and "conv", or, in the
-    model's own order, the one just before it."""
-    if unit.kind != "batch norm":
-        return unit
-    fits = [one for one in units if one.kind in KERNELS and one.kind != "embedding" and one.channels == unit.channels]
-    alike = [one for one in fits if _key(one.name) == _key(unit.name)]
-    before = [one for one in units if one.order < unit.order]
-    if len(alike) == 1:
-        return replace(unit, owner=alike[0].name, certain_owner=True)
-    if ordered and before and before[-1] in fits:
-        return replace(unit, owner=before[-1].name)
-    return unit
+def _with_owners(units: Sequence[Unit], dialect: str, ordered: bool) -> tuple[Unit, ...]:
+    """Each batch norm with the layer that it belongs to: the one of the same name but for "bn" and "conv", the one of
+    the number before its own in a sequence, or, in the model's own order, the one just before it.
+
+    Any of it is believed only if it holds throughout, for all batch norms so named and with the same channels: before
+    an activation, bn2 may stand before conv2, and a model may hold its norms behind all convolutions.
+    """
+    kernels = [one for one in units if one.kind in KERNELS and one.kind != "embedding"]
+    by_key: dict[tuple[str, ...], list[Unit]] = {}
+    for one in kernels:
+        by_key.setdefault(_key(one.name), []).append(one)
+    norms = [one for one in units if one.kind == "batch norm"]
+    named: dict[str, Unit] = {}
+    for n in norms:
+        alike = by_key.get(_key(n.name), [])
+        # Conv1 and Conv_1 are named alike; the channels tell which of them bn_Conv1 belongs to.
+        fitting = [one for one in alike if one.channels == n.channels] if len(alike) > 1 else alike
+        if len(fitting) == 1:
+            named[n.name] = fitting[0]
+    by_name = {one.name: one for one in kernels}
+    for n in norms:
+        number = split(n.name)[1]
+        last = by_name.get(f"{n.name[: len(n.name) - len(number)]}{int(number) - 1}") if number.isdecimal() else None
+        if last is not None and n.name not in named:
+            named[n.name] = last
+    false = {_numberless(n.name) for n in norms if (owner := named.get(n.name)) is None or owner.channels != n.channels}
+    before = {unit.name: last for last, unit in pairwise(units)}
+    # Equinox holds the statistics behind all parameters: where there are no others, their place says nothing.
+    placed = [n for n in norms if dialect != "equinox" or n.parts.keys() & {"gamma", "beta"}]
+    follow = ordered and len(placed) == len(norms) and all(
+        (last := before.get(n.name)) is not None and last in kernels and last.channels == n.channels for n in norms
+    )  # fmt: skip
+    result = []
+    for unit in units:
+        if unit.kind == "batch norm" and unit.name in named and _numberless(unit.name) not in false:
+            result.append(replace(unit, owner=named[unit.name].name, certain_owner=True))
+        elif unit.kind == "batch norm" and follow:
+            result.append(replace(unit, owner=before[unit.name].name))
+        else:
+            result.append(unit)
+    return tuple(result)
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)

@@ -64,7 +64,7 @@ def set_epsilon(
     done = {one.name for one in norms}
     layers = tuple(_said(layer, epsilon) if layer.name in done else layer for layer in checkpoint.layers)
     if any(one.sources["epsilon"] != "file" for one in norms):
-        note("warnings", f"the format does not say epsilon: build the model with epsilon {epsilon:g}")
+        note("warnings", f"the format does not say epsilon: the model that loads it needs epsilon {epsilon:g}")
     return replace(edited(checkpoint, changes), layers=layers)
 
 

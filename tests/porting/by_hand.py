@@ -32,6 +32,20 @@ def of_keras(model: Any) -> Layers:
     return found
 
 
+def of_torch(model: Any) -> Layers:
+    import torch
+
+    found: Layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            own = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+            found[name] = _batch_norm(*(tensor.detach().numpy().copy() for tensor in own), layer.eps)
+        elif isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            found[name] = {"kernel": layer.weight.detach().numpy()}
+            found[name] |= {} if layer.bias is None else {"bias": layer.bias.detach().numpy()}
+    return found
+
+
 def of_nnx(model: Any) -> Layers:
     from flax import nnx
 

@@ -6,7 +6,6 @@ equal bit by bit.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +15,6 @@ import numpy as np
 import pytest
 
 from bnlayer.porting.layouts import LAYOUTS, Layout
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
 
 BATCH, INPUTS, OUTPUTS, MULTIPLIER = 2, 4, 6, 2
 SPATIAL = (7, 6, 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-os.environ.setdefault("KERAS_BACKEND", "jax")
 
 from bnlayer import checkpoint
 
@@ -97,21 +95,11 @@ def equinox_resnet18(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tf1_mobilenet_v2(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """TensorFlow 1's model as Keras builds it: slim's names are Keras's but for a few, kernels' layouts the same."""
     pytest.importorskip("keras")
     from .models import keras_models, tf1_mobilenet, torch_models
 
     variables = tf1_mobilenet.variables()
-    keras_model = keras_models.mobilenet_v2(SIZE, seed=2)
-    for scope, kernel, _ in tf1_mobilenet.layers():
-        name = scope.removeprefix("MobilenetV2/").replace("/", "_").replace("expanded_conv_", "block_")
-        name = {"block_depthwise": "expanded_conv_depthwise", "block_project": "expanded_conv_project"}.get(name, name)
-        conv, norm = {"Conv": ("Conv1", "bn_Conv1"), "Conv_1": ("Conv_1", "Conv_1_bn")}.get(name, (name, f"{name}_BN"))
-        keras_model.get_layer(conv).set_weights([variables[f"{scope}/{kernel}"]])
-        own = [variables[f"{scope}/BatchNorm/{word}"] for word in tf1_mobilenet.BATCH_NORM]
-        keras_model.get_layer(norm).set_weights(own)
-    head = "MobilenetV2/Logits/Conv2d_1c_1x1"
-    keras_model.get_layer("predictions").set_weights([variables[f"{head}/weights"][0, 0], variables[f"{head}/biases"]])
+    keras_model = tf1_mobilenet.into_keras(keras_models.mobilenet_v2(SIZE, seed=2), variables)
     layers = by_hand.of_tf1(variables, epsilon=1e-3)
     target = by_hand.into_torch(torch_models.mobilenet_v2(seed=1), layers, truth.tf1_mobilenet_v2())
     return torch_outputs(target, images), keras_outputs(keras_model, images)

@@ -240,7 +240,8 @@ def test_importing_bnlayer_imports_no_framework(tmp_path: Path) -> None:
 def test_no_module_of_the_core_imports_a_framework(tmp_path: Path) -> None:
     modules = modules_of("bnlayer")
     formats = [f"bnlayer.{file.removesuffix('.py').replace('/', '.')}" for file, _ in MAY_ALSO_IMPORT["bnlayer"]]
-    assert {"bnlayer", "bnlayer.spec", "bnlayer.registry", "bnlayer.checkpoint", *formats} <= set(modules)
+    parts = {"bnlayer", "bnlayer.spec", "bnlayer.registry", "bnlayer.checkpoint", "bnlayer.porting", "bnlayer.surgery"}
+    assert {*parts, *formats} <= set(modules)
     through = {"bnlayer.checkpoint.keras_archive"}  # it reads the HDF5 file that it has inside
     others = [module for module in modules if module not in {*formats, *through}]
     assert brought_in(others, HEAVY | FOR_FILES | FOR_AUTHORS, folder=tmp_path) == ""

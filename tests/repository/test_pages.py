@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ("drop-in", "checkpoints")
+PAGES = ("drop-in", "checkpoints", "porting", "surgery")
 BLOCKS = [
     pytest.param(code, shown, id=f"{page}-{i}")
     for page in PAGES

@@ -12,9 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bnlayer import cli
-from bnlayer.checkpoint import Checkpoint, CheckpointError, Tensor
+from bnlayer.checkpoint import Checkpoint, CheckpointError, Layer, Tensor
 from bnlayer.surgery.average import average
 from bnlayer.surgery.diff import diff
 from bnlayer.surgery.freeze import freeze
@@ -105,6 +107,111 @@ def test_exchanged_layers_and_no_cause_at_all():
     assert diff(one, checkpoint()).same
     other = next(layer for layer in diff(one, checkpoint(7)).layers if layer.name == "bn1")
     assert not other.same and not other.causes
+
+
+def told(**settings: Any) -> Checkpoint:
+    """A checkpoint that says what its first batch norm is, as a whole torch module does."""
+    bare = checkpoint()
+    roles = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+    words = {"num_features": 4, "eps": 1e-5, "momentum": 0.1, "affine": True, "track_running_stats": True, **settings}
+    layer = Layer(
+        "bn1", "BatchNorm2d", {role: f"bn1.{leaf}" for role, leaf in roles.items()}, words | {"dialect": "torch"}
+    )
+    return Checkpoint("torch", bare.tensors, order_is_meaningful=True, layers=(layer,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "codes"),
+    [
+        ({}, []),
+        ({"eps": 1e-3}, ["epsilon"]),
+        ({"momentum": 0.9}, ["momentum-inverted"]),
+        ({"momentum": 0.01}, ["decay"]),
+        ({"momentum": None}, ["decay"]),
+        ({"eps": 1e-3, "momentum": 0.9}, ["epsilon", "momentum-inverted"]),
+    ],
+)
+def test_settings_that_differ_where_both_files_tell_them(settings: dict[str, Any], codes: list[str]):
+    found = {layer.name: layer for layer in diff(told(), told(**settings)).layers}
+    assert [cause.code for cause in found["bn1"].causes] == codes
+    assert found["bn1"].same is (not codes)
+    silent = {layer.name: layer for layer in diff(checkpoint(), told(**settings)).layers}
+    assert not silent["bn1"].causes  # what a file does not say does not differ
+
+
+def twins(averaged: bool) -> Checkpoint:
+    """TensorFlow's variables with their exponential moving averages, or the averages in the variables' places."""
+    rng = np.random.default_rng(0)
+    words = ("gamma", "beta", "moving_mean", "moving_variance")
+    values = {f"net/conv/BatchNorm/{word}": rng.uniform(0.5, 2, size=4).astype("f4") for word in words}
+    averages = {f"{name}/ExponentialMovingAverage": a * np.float32(1.25) for name, a in values.items()}
+    arrays = {name: averages[f"{name}/ExponentialMovingAverage"] for name in values} if averaged else values
+    return Checkpoint(
+        "tensorflow", {n: Tensor.of(a) for n, a in {**arrays, **averages}.items()}, order_is_meaningful=False
+    )
+
+
+def test_averages_in_the_place_of_variables():
+    (norm,) = (layer for layer in diff(twins(False), twins(True)).layers if layer.kind == "batch norm")
+    assert "ema" in [cause.code for cause in norm.causes]
+
+
+def in_flax(torch: Checkpoint) -> Checkpoint:
+    """The same numbers as Flax stores them."""
+    arrays: dict[str, Any] = {}
+    for i in (1, 2):
+        arrays[f"params/conv{i}/kernel"] = torch[f"conv{i}.weight"].transpose(2, 3, 1, 0).copy()
+        arrays[f"params/conv{i}/bias"] = torch[f"conv{i}.bias"]
+        for leaf, word in (("weight", "scale"), ("bias", "bias")):
+            arrays[f"params/bn{i}/{word}"] = torch[f"bn{i}.{leaf}"]
+        for leaf, word in (("running_mean", "mean"), ("running_var", "var")):
+            arrays[f"batch_stats/bn{i}/{word}"] = torch[f"bn{i}.{leaf}"]
+    return Checkpoint("flax", {n: Tensor.of(a) for n, a in arrays.items()}, order_is_meaningful=True)
+
+
+def test_across_frameworks():
+    torch, flax = checkpoint(), in_flax(checkpoint())
+    found = diff(torch, flax)
+    assert found.same and len(found.layers) == 4, found
+    mean, variance = "batch_stats/bn1/mean", "batch_stats/bn1/var"
+    for code, changes in (
+        ("at-start", {mean: np.zeros(4, "f4"), variance: np.ones(4, "f4")}),
+        ("mean-and-variance-swapped", {mean: flax[variance], variance: flax[mean]}),
+        ("bessel", {variance: flax[variance] * np.float32(97 / 98)}),
+    ):
+        layers = {layer.name: layer for layer in diff(torch, flax.replace(changes)).layers}
+        assert [cause.code for cause in layers.pop("bn1 -> bn1").causes] == [code]
+        assert all(layer.same for layer in layers.values())
+
+
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=3), st.sampled_from([0.0, 1e3, -1e6]), st.integers(0, 99))
+def test_moments_are_associative_and_those_of_the_whole(sizes: list[int], center: float, seed: int):
+    rng = np.random.default_rng(seed)
+    parts = [rng.normal(center, rng.uniform(0.1, 10), (size, 3)) for size in sizes]
+    a, b, c = (Moments.of(part) for part in parts)
+    whole = Moments.of(np.concatenate(parts))
+    for made in ((a + b) + c, a + (b + c), c + (a + b), Moments.none(3) + a + b + c):
+        assert made.count == whole.count == sum(sizes)
+        np.testing.assert_allclose(made.mean, whole.mean, rtol=1e-13, atol=1e-13)
+        # Of values about 1e6 a mean is known to 1e-10, and what that leaves in a sum of squares is far below 1e-9.
+        np.testing.assert_allclose(made.m2, whole.m2, rtol=1e-9, atol=1e-9)
+
+
+@given(
+    st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
+    st.binary(min_size=32, max_size=32),
+    st.integers(0, 9),
+)
+def test_an_average_of_one_has_its_bits(dtype: str, data: bytes, count: int):
+    """NaN, infinities and -0 too."""
+    array = np.frombuffer(data, dtype)
+    arrays = {"net.weight": array, "bn.num_batches_tracked": np.array(count)}
+    arrays |= {f"bn.{leaf}": array for leaf in ("weight", "bias", "running_mean", "running_var")}
+    one = Checkpoint("torch", {n: Tensor.of(a) for n, a in arrays.items()}, order_is_meaningful=True)
+    made = average([one], [3.0])
+    assert {n: (made[n].tobytes(), made[n].dtype) for n in made} == {
+        n: (a.tobytes(), a.dtype) for n, a in arrays.items()
+    }
 
 
 def test_moments_add_up_in_any_order():

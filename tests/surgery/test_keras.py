@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("keras", reason="pip install 'bnlayer[keras]'")
 
 
-def test_folds_and_statistics():
-    pytest.importorskip("torch", reason="pip install 'bnlayer[torch]'")
+@pytest.mark.parametrize("runtime", ["torch", "jax"])
+def test_folds_and_statistics(runtime: str):
+    pytest.importorskip(runtime, reason=f"pip install 'bnlayer[{runtime}]'")
     script = Path(__file__).with_name("keras_cases.py")
-    subprocess.run([sys.executable, script], env={**os.environ, "KERAS_BACKEND": "torch"}, check=True, timeout=120)
+    subprocess.run([sys.executable, script], env={**os.environ, "KERAS_BACKEND": runtime}, check=True, timeout=120)

@@ -77,7 +77,9 @@ class ResNet18(eqx.Module):
         return self.fc(x.mean(axis=(1, 2))), state
 
 
-def resnet18(width: int = 64, classes: int = 10, seed: int = 0) -> tuple[ResNet18, eqx.nn.State]:
-    """The module and its state."""
+def resnet18(
+    width: int = 64, classes: int = 10, seed: int = 0, updates: int = randomize.UPDATES
+) -> tuple[ResNet18, eqx.nn.State]:
+    """The module and its state, after so many updates of its averages."""
     model, state = eqx.nn.make_with_state(ResNet18)(width, classes, key=jax.random.key(seed))
-    return randomize.equinox_model(model, state, seed)
+    return randomize.equinox_model(model, state, seed, updates)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-UPDATES = 7  # of an equinox layer, which stores its averages before the debiasing by this count
+UPDATES = 7  # of an equinox layer, which stores its averages before the debiasing by this count; SETTLED ones need none
+SETTLED = 1000
 
 
 class Draw:
@@ -103,7 +104,7 @@ def linen_variables(shapes: Any, seed: int) -> dict[str, Any]:
     return {"params": params, "batch_stats": stats}
 
 
-def equinox_model(model: Any, state: Any, seed: int) -> tuple[Any, Any]:
+def equinox_model(model: Any, state: Any, seed: int, updates: int = UPDATES) -> tuple[Any, Any]:
     """A new model and a new state."""
     import equinox as eqx
     import jax
@@ -114,9 +115,9 @@ def equinox_model(model: Any, state: Any, seed: int) -> tuple[Any, Any]:
         nonlocal state
         if isinstance(layer, eqx.nn.BatchNorm):
             gamma, beta, mean, variance = map(jax.numpy.asarray, draw.batch_norm(layer.input_size))
-            stored = np.float32(1 - layer.momentum**UPDATES)
+            stored = np.float32(1 - layer.momentum**updates)
             state = state.set(layer.batch_state_index, (mean * stored, variance * stored))
-            state = state.set(layer.batch_counter, jax.numpy.asarray(UPDATES))
+            state = state.set(layer.batch_counter, jax.numpy.asarray(updates))
             return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (gamma, beta))
         if isinstance(layer, eqx.nn.Conv2d | eqx.nn.Linear):
             kernel = jax.numpy.asarray(draw.kernel(layer.weight.shape, math.prod(layer.weight.shape[1:])))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,19 @@ def checkpoint(classes: int = 10, seed: int = 0) -> Checkpoint:
     values["global_step"] = np.array(1234, np.int64)
     tensors = {name: Tensor.of(values[name]) for name in sorted(values)}
     return Checkpoint("tensorflow checkpoint", tensors, order_is_meaningful=False)
+
+
+def into_keras(model: Any, values: Mapping[str, np.ndarray]) -> Any:
+    """`keras.applications`' model, which TensorFlow 1's is but for a few names, with these variables; by hand."""
+    for scope, kernel, _ in layers():
+        name = scope.removeprefix("MobilenetV2/").replace("/", "_").replace("expanded_conv_", "block_")
+        name = {"block_depthwise": "expanded_conv_depthwise", "block_project": "expanded_conv_project"}.get(name, name)
+        conv, norm = {"Conv": ("Conv1", "bn_Conv1"), "Conv_1": ("Conv_1", "Conv_1_bn")}.get(name, (name, f"{name}_BN"))
+        model.get_layer(conv).set_weights([values[f"{scope}/{kernel}"]])
+        model.get_layer(norm).set_weights([values[f"{scope}/BatchNorm/{word}"] for word in BATCH_NORM])
+    head = "MobilenetV2/Logits/Conv2d_1c_1x1"
+    model.get_layer("predictions").set_weights([values[f"{head}/weights"][0, 0], values[f"{head}/biases"]])
+    return model
 
 
 def write(prefix: Path, classes: int = 10, seed: int = 0) -> Path:
