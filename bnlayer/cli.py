@@ -30,15 +30,13 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The registered names, the main job first."""
-        names = {entry.name for entry in entry_points(group=COMMANDS)}
-        return [*(name for name in _FIRST if name in names), *sorted(names.difference(_FIRST))]
+        names = _entries(ctx).keys()
+        return [*(name for name in _FIRST if name in names), *sorted(names - set(_FIRST))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name; one that cannot be imported says so when it is run."""
-        for entry in entry_points(group=COMMANDS):
-            if entry.name == cmd_name:
-                return _load(entry)
-        return None
+        entry = _entries(ctx).get(cmd_name)
+        return None if entry is None else _load(entry)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; its errors become one line and an exit code."""
@@ -66,6 +64,14 @@ class Commands(click.Group):
                     ("3", "refused or unreadable; nothing was written"),
                 ]
             )
+
+
+def _entries(ctx: click.Context) -> dict[str, EntryPoint]:
+    """The registered commands by name, looked up once a run, for that reads a file of every installed distribution."""
+    found: dict[str, EntryPoint] | None = ctx.meta.get(COMMANDS)
+    if found is None:
+        found = ctx.meta[COMMANDS] = {entry.name: entry for entry in reversed(entry_points(group=COMMANDS))}
+    return found
 
 
 def _load(entry: EntryPoint) -> click.Command:

@@ -7,22 +7,18 @@ the same class with the framework's own arrays in it.
 from __future__ import annotations
 
 import dataclasses
-import json
-import struct
-import tokenize
-import zipfile
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from .errors import FileError, StateError
-from .spec import FLOAT_DTYPES
+from .errors import StateError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .spec import BatchNormSpec
 
 Array = TypeVar("Array")
@@ -40,11 +36,6 @@ _INITIAL: Final = {
 _PARAMETERS: Final = ("gamma", "beta")
 _NOT_NEGATIVE: Final = ("moving_variance", "hidden_variance", "renorm_stddev", "moving_stddev")
 MAX_COUNTER: Final = 2**63 - 1
-# What zipfile, numpy's header reader and json raise on damaged bytes; none of them promises one kind of error.
-_DAMAGE: Final = (
-    ValueError, TypeError, KeyError, EOFError, OSError, RuntimeError, MemoryError, SyntaxError, struct.error,
-    tokenize.TokenError, zipfile.BadZipFile,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,23 +134,9 @@ class BatchNormState(Generic[Array]):
             StateError: an array is not a vector of a spec's dtype, or the counter is not a count; nothing is written.
             OSError: the file cannot be written.
         """
-        members: dict[str, np.ndarray[Any, Any]] = {}
-        dtypes: dict[str, str] = {}
-        for name, array in self.arrays().items():
-            values = np.asarray(array)
-            if values.ndim != 1 or values.dtype.name not in FLOAT_DTYPES:
-                wanted = f"of shape (num_features,) and one of {', '.join(FLOAT_DTYPES)}"
-                raise StateError(f"{name} must be {wanted}; got {values.dtype.name} {values.shape}.")
-            dtypes[name] = values.dtype.name
-            members[name] = values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values
-        if self.num_updates is not None:
-            members["num_updates"] = np.asarray(_counter(self.num_updates), np.int64)
-        members["dtypes"] = np.array(json.dumps(dtypes))
-        # numpy.savez has no allow_pickle=False in every numpy that is supported.
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, values in members.items():
-                with archive.open(f"{name}.npy", "w") as stream:
-                    np.lib.format.write_array(stream, values, version=(1, 0), allow_pickle=False)
+        from .state_file import write  # here, since most programs write no such file
+
+        write(self, path)
 
     @classmethod
     def from_npz(cls, path: str | Path) -> BatchNormState[np.ndarray[Any, Any]]:
@@ -169,14 +146,9 @@ class BatchNormState(Generic[Array]):
             FileError: the file is not such an `.npz`, or is damaged.
             OSError: the file cannot be opened.
         """
-        with Path(path).open("rb") as file:
-            try:
-                return _read_npz(file, path)
-            except FileError:
-                raise
-            except _DAMAGE as error:
-                why = f"{type(error).__name__}: {error}"
-                raise FileError(f"{path}: not a batch norm state, or damaged ({why}).") from error
+        from .state_file import read
+
+        return read(path)
 
 
 def array_names(spec: BatchNormSpec) -> tuple[str, ...]:
@@ -251,65 +223,15 @@ def _checked_counter(value: Any, spec: BatchNormSpec) -> int:
         if needs_counter(spec):
             raise StateError("num_updates is unknown, and this spec's averages depend on it; give num_updates.")
         return 0
-    return _counter(value)
+    return checked_count(value)
 
 
-def _counter(value: Any) -> int:
+def checked_count(value: Any) -> int:
+    """A counter as a Python integer, or StateError."""
     array = np.asarray(value)
     if array.shape != () or array.dtype.kind not in "iu" or not 0 <= int(array) <= MAX_COUNTER:
         raise StateError(f"num_updates must be an integer from 0 to {MAX_COUNTER}; got {value!r}.")
     return int(array)
-
-
-def _read_npz(file: IO[bytes], path: str | Path) -> BatchNormState[np.ndarray[Any, Any]]:
-    known = [f.name for f in dataclasses.fields(BatchNormState)]
-    with zipfile.ZipFile(file) as archive:
-        members: dict[str, np.ndarray[Any, Any]] = {}
-        for info in archive.infolist():
-            name = info.filename.removesuffix(".npy")
-            if name not in [*known, "dtypes"] or name in members:
-                raise FileError(f"{path}: unexpected member {info.filename!r}; a state has {', '.join(known)}, dtypes.")
-            if info.compress_type != zipfile.ZIP_STORED:  # to_npz never compresses; a bomb has to
-                raise FileError(f"{path}: {info.filename!r} is compressed; a state is stored plain.")
-            with archive.open(info) as stream:
-                members[name] = _read_npy(stream, info.file_size, f"{path}: {info.filename}")
-    described = members.pop("dtypes", None)
-    if described is None or described.shape != () or described.dtype.kind != "U":
-        raise FileError(f"{path}: the text 'dtypes' is missing; this is not a file of BatchNormState.to_npz.")
-    # numpy's own way to a str ends in a SystemError where the bytes are no code points.
-    dtypes = json.loads(described.tobytes().decode("utf-32").rstrip("\0"))
-    counter = members.pop("num_updates", None)
-    if counter is not None and (counter.shape != () or counter.dtype != np.int64):
-        raise FileError(f"{path}: num_updates must be one int64; got {counter.dtype} {counter.shape}.")
-    if not isinstance(dtypes, dict) or set(dtypes) != set(members):
-        raise FileError(f"{path}: the member 'dtypes' must name each array; it names {dtypes!r}.")
-    for name, dtype in dtypes.items():
-        stored = members[name]
-        if dtype == "bfloat16" and stored.dtype == np.uint16:
-            members[name] = stored.view(ml_dtypes.bfloat16)
-        elif stored.dtype.name != dtype:
-            raise FileError(f"{path}: {name} is stored as {stored.dtype}, but 'dtypes' says {dtype!r}.")
-    return BatchNormState(**members, num_updates=None if counter is None else int(counter))
-
-
-def _read_npy(stream: Any, size: int, place: str) -> np.ndarray[Any, Any]:
-    """One array, its declared size checked against the stored one before memory is taken."""
-    version = np.lib.format.read_magic(stream)
-    if version != (1, 0):
-        raise FileError(f"{place}: expected numpy's array format 1.0; got {version}.")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    header = stream.tell()
-    declared = dtype.itemsize
-    for length in shape:
-        declared *= length
-    if dtype.hasobject or len(shape) > 1:
-        raise FileError(f"{place}: expected one number or a vector of them; got {dtype} {shape}.")
-    if declared != size - header:
-        raise FileError(f"{place}: {dtype} {shape} needs {declared} bytes; {size - header} are stored.")
-    payload = stream.read(declared)
-    if len(payload) != declared:
-        raise FileError(f"{place}: truncated; {len(payload)} of {declared} bytes are there.")
-    return np.frombuffer(payload, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 def _listed(names: Any) -> str:

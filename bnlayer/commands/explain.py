@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from bnlayer.dialects import DIALECTS, Dialect
-from bnlayer.words import REQUIRED
-
 from .facts import FACTS
 from .tables import show
+
+if TYPE_CHECKING:
+    from bnlayer.dialects import Dialect
 
 _COLUMNS: Final = 3  # dialects side by side in 100 columns; more are grouped by what they share
 
@@ -63,6 +63,8 @@ def description(dialect: Dialect) -> dict[str, str]:
 
 def _said(dialect: Dialect, field: str) -> str:
     """How the dialect says a spec field: `argument = default`, or what is always so."""
+    from bnlayer.words import REQUIRED
+
     for word in dialect.words:
         if field in word.fields:
             return ", ".join(
@@ -87,7 +89,7 @@ def differing(described: Mapping[str, Mapping[str, str]]) -> list[str]:
     short_help="How frameworks name, default and mean things differently.",
     epilog="\b\nExample:\n  bnlayer explain torch keras",
 )
-@click.argument("dialects", nargs=-1, type=click.Choice(list(DIALECTS)), metavar="[DIALECT]...")
+@click.argument("dialects", nargs=-1, type=click.Choice(list(FACTS)), metavar="[DIALECT]...")
 @click.option("--all", "every", is_flag=True, help="Show also the rows on which they agree.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: every row, and which of them differ.")
 def command(dialects: tuple[str, ...], every: bool, as_json: bool) -> None:
@@ -96,6 +98,8 @@ def command(dialects: tuple[str, ...], every: bool, as_json: bool) -> None:
     Two or more DIALECTs are compared, one is described, and without any they are listed: torch, keras (Keras 3),
     tf_keras (Keras 2), tf_layers (tf.compat.v1.layers), contrib (tf-slim), flax, haiku, equinox, onnx.
     """
+    from bnlayer.dialects import DIALECTS  # here: `bnlayer --help` does without
+
     names = list(dict.fromkeys(dialects))
     described = {name: description(DIALECTS[name]) for name in names or DIALECTS}
     if as_json:
@@ -104,7 +108,7 @@ def command(dialects: tuple[str, ...], every: bool, as_json: bool) -> None:
     elif not names:
         _list(described)
     elif len(names) == 1:
-        _describe(names[0], described[names[0]])
+        _describe(names[0], described[names[0]], list(DIALECTS[names[0]].defaults))
     else:
         _compare(described, list(ROWS) if every else differing(described))
 
@@ -121,12 +125,12 @@ def _list(described: Mapping[str, Mapping[str, str]]) -> None:
     )
 
 
-def _describe(name: str, rows: Mapping[str, str]) -> None:
+def _describe(name: str, rows: Mapping[str, str], arguments: list[str]) -> None:
     show(
         f"{name}: batch normalization in {FACTS[name].library}",
         ("", name),
         [(head, rows[row]) for row, head in ROWS.items()],
-        note=f"Its arguments: {', '.join(DIALECTS[name].defaults)}.",
+        note=f"Its arguments: {', '.join(arguments)}.",
     )
 
 

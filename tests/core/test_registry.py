@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -73,13 +74,13 @@ def stranger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stranger]:
         },
         registry.NATIVE: {"strange.nn": "strange_package:NATIVE", "bare.nn": "strange_package:BACKEND"},
     }
-    real = registry.entry_points
+    real = importlib.metadata.entry_points
 
     def entry_points(*, group: str) -> list[EntryPoint]:
         added = strangers.get(group, {})
         return [*real(group=group), *(EntryPoint(name, value, group) for name, value in added.items())]
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     registry._load.cache_clear()
     yield module.BACKEND
     registry._load.cache_clear()
