@@ -5,58 +5,126 @@ unbiased variance through the moving statistics: from zeros, with a momentum of 
 
 Four things that they do not do well enough are kept from them here (torch 2.13 on the CPU): long sums (`sums_drift`),
 tensors of more than one memory layout (`is_ambiguous`), the gradients of half inputs (`loses_gradients`), and a beta
-without a gamma, whose gradient they round to x's dtype.
+without a gamma, whose gradient they round to x's dtype. Nor are they fast where the channels are not innermost: there
+our own sums take over (`bnlayer_torch.sums`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from bnlayer.call import CallPlan
-
-from .dtypes import DTYPES, HALVES
-from .statistics import Moments
+from .applied import by_known
+from .dtypes import HALVES
+from .orders import Order, order_of
+from .paths import PATHS, can_look
+from .sums import measured
 
 # From this many elements a channel on, the error of a sum that adds one element after the other is no longer small
 # against the error of the rest: on a constant channel it grows like count/8 roundings.
 _LONG_SUM: Final = 16
+# Up to this many, and where the mean is within 4 standard deviations, count/8 roundings of the mean are still within
+# the error that any sum of that many elements may have, (8 + sqrt(count)) (1 + |m|/sd).
+_CHECKED: Final = 256
+_RATIO_CHECKED: Final = 16.0
+# From this many elements on our own sums by rows are faster than the kernel.
+_MANY_ROWS: Final = 1 << 15
+# Below it a variance could matter whose squares vanish in float32.
+_LEAST_EPSILON: Final = 1e-12
+
+Batch = tuple[Tensor, Tensor]  # mean and unbiased variance, (C,) each, without gradient
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a batch's own statistics are to normalize it: a path of `PATHS`, and the order of x that it needs."""
+
+    path: str
+    order: Order | None = None
+
+
+NATIVE: Final = Way("native")
+
+
+def way_of(x: Tensor, axis: int, count: int, epsilon: float) -> Way:
+    """The path of a call that torch's kernel can compute, and around which is nothing, or a recomputation."""
+    if x.dtype in HALVES or epsilon < _LEAST_EPSILON or count <= 1 or not can_look(x):
+        return NATIVE
+    order = order_of(x, axis)
+    if order is None:
+        return NATIVE
+    if order.innermost:
+        able: tuple[str, ...] = ("native", "checked", "columns")
+        fastest = "native" if count <= _LONG_SUM else "checked" if count <= _CHECKED else "columns"
+    else:
+        able = ("native", "rows")
+        many = x.numel() >= _MANY_ROWS or (x.dtype == torch.float64 and count > _LONG_SUM)
+        fastest = "rows" if many else "native"
+    path = PATHS.chosen(fastest, able)
+    return NATIVE if path == "native" else Way(path, order)
 
 
 def from_batch(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, epsilon: float, plan: CallPlan
-) -> tuple[Tensor, Moments]:
-    """y by the batch's statistics, and these, without gradient.
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, epsilon: float, axis: int, count: int, way: Way
+) -> tuple[Tensor, Batch]:
+    """y by the batch's statistics, and these.
 
     Args:
         x: float tensor with at least two elements a channel.
-        gamma, beta: of the plan's arithmetic, or None.
+        gamma, beta: of the arithmetic's dtype, or None.
         epsilon: above 0.
-        plan: of this call.
+        axis: the channel axis.
+        count: elements a channel.
+        way: for this x.
     """
-    assert plan.count is not None and plan.count > 1
-    gamma, dtype = _paired(gamma, beta), x.dtype
-    if loses_gradients(x):
-        x = x.float()
+    gamma = _paired(gamma, beta)
+    if way.order is not None:
+        if way.path == "checked":
+            found = _checked(x, gamma, beta, epsilon, way.order)
+        else:
+            found = _measured(x, gamma, beta, epsilon, count, way.order)
+        if found is not None:
+            return found
     shift = None
-    if sums_drift(x, plan.axis, plan.count):
-        shift = x.detach().mean(plan.reduced, keepdim=True)
+    if sums_drift(x, axis, count):
+        shift = x.detach().mean([i for i in range(x.dim()) if i != axis], keepdim=True)
         x = x - shift
     # Zeros like a row of x, and not just zeros: under vmap they have to be as many as x.
-    row = x.detach().movedim(plan.axis, -1)[(0,) * len(plan.reduced)]
-    mean = torch.zeros_like(row, dtype=DTYPES[plan.arithmetic])
+    row = x.detach().movedim(axis, -1)[(0,) * (x.dim() - 1)]
+    mean = torch.zeros_like(row, dtype=torch.promote_types(x.dtype, torch.float32))
     unbiased = torch.zeros_like(mean)
 
     def kernel(x: Tensor) -> Tensor:
         return torch.batch_norm(x, gamma, beta, mean, unbiased, True, 1.0, epsilon, torch.backends.cudnn.enabled)
 
-    y = _on_axis_1(kernel, x, plan.axis).to(dtype)
-    variance = unbiased * ((plan.count - 1) / plan.count)
-    return y, Moments(mean if shift is None else mean + shift.reshape(-1), variance, unbiased)
+    y = _on_axis_1(kernel, x, axis)
+    return y, (mean if shift is None else mean + shift.reshape(-1), unbiased)
+
+
+def _measured(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, epsilon: float, count: int, order: Order
+) -> tuple[Tensor, Batch] | None:
+    batch = measured(x, order, count)
+    if batch is None:
+        return None
+    return by_known(x, gamma, beta, batch.mean, batch.variance, epsilon, order), (batch.mean, batch.unbiased)
+
+
+def _checked(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, epsilon: float, order: Order
+) -> tuple[Tensor, Batch] | None:
+    mean = torch.zeros(order.merged[1], dtype=x.dtype)
+    unbiased = torch.zeros_like(mean)
+    y = torch.batch_norm(order.merge(x), gamma, beta, mean, unbiased, True, 1.0, epsilon, False)
+    # Written so that what is not a number is no pass.
+    if not mean.square().sub_(unbiased, alpha=_RATIO_CHECKED).amax().item() <= 0:
+        return None
+    return order.split(y, x.shape), (mean, unbiased)
 
 
 def from_moving(

@@ -24,7 +24,7 @@ from bnlayer.state import BatchNormState, array_names
 
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
-from .fused import is_ambiguous, loses_gradients, sums_drift
+from .fused import NATIVE, from_batch, is_ambiguous, loses_gradients, sums_drift, way_of
 from .surroundings import around, write
 from .synchronized import GroupReference
 from .tensors import EXTRA_BUFFERS, tensors_of
@@ -355,12 +355,20 @@ class Module(TorchBatchNorm):
                 or self.renorm is not None
                 or self.virtual_batch_size is not None
                 or self.synchronized
-                or sums_drift(x, 1, count)
             ):
                 return None
             what = around()
-            if what == "transform":
+            plain = what in ("nothing", "recomputation")
+            way = way_of(x, 1, count, eps) if plain else NATIVE
+            if what == "transform" or (way is NATIVE and sums_drift(x, 1, count)):
                 return None
+            if way is not NATIVE:
+                y, (batch_mean, unbiased) = from_batch(x, weight, bias, eps, 1, count, way)
+                if what == "nothing":
+                    counter.add_(1)
+                    mean.mul_(1.0 - momentum).add_(batch_mean, alpha=momentum)
+                    variance.mul_(1.0 - momentum).add_(unbiased, alpha=momentum)
+                return y
             if what == "recomputation":
                 mean, variance = mean.clone(), variance.clone()  # the update goes nowhere
             else:

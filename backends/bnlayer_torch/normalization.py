@@ -113,11 +113,13 @@ def by_batch(
     # torch's kernels know no weights, refuse an epsilon of 0, and give NaN for the variance of a single value.
     fusible = weights is None and spec.epsilon > 0 and plan.count != 1
     if fusible and spec.renorm is None and adjustment is None:
-        return fused.from_batch(x, channels.gamma, channels.beta, spec.epsilon, plan)
+        given = x.float() if fused.loses_gradients(x) else x
+        y, batch = _fused(given, channels.gamma, channels.beta, spec, plan)
+        return y.to(x.dtype), batch
     wide = x.to(DTYPES[plan.arithmetic])  # once, so that a half x's gradients add up in float32
     # Of a trace the ONNX exporter keeps the kernel's y only, and renorm needs the statistics.
     if fusible and (spec.renorm is None or around() != "trace"):
-        xhat, batch = fused.from_batch(wide, None, None, spec.epsilon, plan)
+        xhat, batch = _fused(wide, None, None, spec, plan)
         return affine_of(channels, spec, plan, batch, clips, adjustment)(xhat).to(x.dtype), batch
     batch = batch_moments(wide, plan, weights)
     mean, variance = batch.mean, batch.variance
@@ -129,6 +131,16 @@ def by_batch(
         variance = torch.where(weights.present, variance, moving_variance)
         affine = _where_present(affine, weights, plan)
     return by_statistics(wide, affine, mean, variance, spec.epsilon, plan, weights).to(x.dtype), batch
+
+
+def _fused(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, spec: BatchNormSpec, plan: CallPlan
+) -> tuple[Tensor, Moments]:
+    assert plan.count is not None
+    plain = around() in ("nothing", "recomputation")
+    way = fused.way_of(x, plan.axis, plan.count, spec.epsilon) if plain else fused.NATIVE
+    y, (mean, unbiased) = fused.from_batch(x, gamma, beta, spec.epsilon, plan.axis, plan.count, way)
+    return y, Moments(mean, unbiased * ((plan.count - 1) / plan.count), unbiased)
 
 
 def by_statistics(
