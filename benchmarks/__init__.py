@@ -1,1 +1,1 @@
-"""How fast every backend is, as ratios to what it replaces: `python -m benchmarks`."""
+"""How fast bnlayer is: ratios to what it replaces, measured side by side. `python -m benchmarks --help`."""

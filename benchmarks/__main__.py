@@ -1,149 +1,126 @@
-"""The benchmarks' command: checks each case, times it, and shows a table; JSON and a picture on request."""
+"""The benchmarks' command: a process for each suite, a table, and on request JSON and a picture."""
 
 from __future__ import annotations
 
 import json
-import platform
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from importlib import import_module, metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import click
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from .cases import PASSES, Case
-from .timing import measured, ratio
+from .backends import SUITES
+from .machine import machine
+from .memory import ENVIRONMENT
+from .table import show
 
-# Backend to its module here, and to what must be installed.
-BACKENDS: Final = {
-    "numpy": ("on_numpy", ("numpy",)),
-    "torch": ("on_torch", ("torch",)),
-    "tensorflow": ("on_tensorflow", ("tensorflow", "keras")),
-    "jax": ("on_jax", ("jax", "flax")),
-    "keras": ("on_keras", ("keras",)),
-}
+Rows = dict[str, dict[str, Any]]  # by the case's name
+_ROOT: Final = Path(__file__).parents[1]
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice(list(BACKENDS)), help="These backends; else all.")
+@click.option("--only", multiple=True, type=click.Choice(list(SUITES)), help="These suites; else all.")
 @click.option("--match", default="*", metavar="GLOB", help="Cases by name, such as '*NCHW*grad'.")
-@click.option("--rounds", default=21, show_default=True, help="How often each is timed.")
+@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]), help="To compute on.")
+@click.option("--rounds", default=21, show_default=True, help="How often each case is timed.")
+@click.option("--no-memory", is_flag=True, help="Leave memory out, and save its second process.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw them.")
 @click.option("--list", "listed", is_flag=True, help="Name the cases and end.")
-def main(only: tuple[str, ...], match: str, rounds: int, path: Path | None, plot: Path | None, listed: bool) -> None:
-    """Time batch norms against what they replace.
+def main(
+    only: tuple[str, ...],
+    match: str,
+    device: str,
+    rounds: int,
+    no_memory: bool,
+    path: Path | None,
+    plot: Path | None,
+    listed: bool,
+) -> None:
+    """Time batch norms against what they replace, and the core's jobs against what they may take.
 
     Every figure is a ratio, ours / peer: the median of paired measurements in one process, with the 95 % interval of
-    that median. "copies" is ours against copying the input as often as the mode has to move it at the least: 1 is the
-    limit. Results are compared before anything is timed.
+    that median; a bar is reached if the interval's lower end is at or below it. "copies" is ours against copying the
+    input as often as the mode has to move it at the least: 1 is the limit. "memory" is the most that one call takes,
+    in sizes of its results. Results are compared before anything is timed.
 
     \b
       python -m benchmarks --only numpy
-      KERAS_BACKEND=torch python -m benchmarks --only keras --match '*NHWC*' --json keras-torch.json
+      python -m benchmarks --only keras-torch --match '*NHWC*' --json keras.json
+      python -m benchmarks --only torch --only jax --device cuda
 
     \b
-    Exit codes: 0 every bar is reached; 1 one is not; 2 usage.
+    Exit codes: 0 every bar is reached; 1 one is not, or results differ; 2 usage; 3 what was asked for cannot run here.
     """
-    cases = [case for name in (only or BACKENDS) for case in _cases(name) if fnmatchcase(case.name, match)]
+    names = _runnable(only, device)
+    cases = {name: [case.name for case in SUITES[name].cases(device)] for name in names}
+    cases = {name: [case for case in found if fnmatchcase(case, match)] for name, found in cases.items()}
     if listed:
-        click.echo("\n".join(case.name for case in cases))
+        click.echo("\n".join(case for found in cases.values() for case in found))
         return
-    rows = []
+    rows: Rows = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(cases))
-        for case in cases:
-            progress.update(task, description=case.name)
-            rows.append(_row(case, rounds))
-            progress.advance(task)
-    _show(rows)
+        tasks = ("time",) if no_memory else ("time", "memory")
+        bar = progress.add_task("", total=sum(map(len, cases.values())) * len(tasks))
+        for name, found in cases.items():
+            for task in tasks if found else ():
+                for row in _measured(task, name, device, match, rounds):
+                    rows.setdefault(row["name"], {}).update(row)
+                    progress.update(bar, description=row["name"], advance=1)
+    show(list(rows.values()))
     if path is not None:
-        path.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n", "utf-8")
+        document = {"machine": machine(device), "rows": list(rows.values())}
+        path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     if plot is not None:
         from .plot import draw
 
-        draw(rows, plot)
-    sys.exit(0 if all(row["reached"] is not False for row in rows) else 1)
+        draw([row for row in rows.values() if "ratio" in row], plot)
+    bad = [row for row in rows.values() if "failed" in row or row.get("reached") is False or row.get("fits") is False]
+    sys.exit(1 if bad else 0)
 
 
-def _cases(backend: str) -> Iterator[Case]:
-    module, needed = BACKENDS[backend]
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        click.echo(f"{backend}: left out, {', '.join(missing)} is not installed", err=True)
-        return
-    yield from import_module(f".{module}", __package__).cases()
-
-
-def _row(case: Case, rounds: int) -> dict[str, Any]:
-    pair = case.make()
-    _compare(case, *pair.results(), pair.tolerance)
-    source = np.empty(case.shape, case.dtype)
-    target = np.empty_like(source)
-    source[...], target[...] = 1, 0
-
-    def copies() -> None:
-        for _ in range(PASSES[case.mode] // 2):
-            np.copyto(target, source)
-
-    seconds = measured({"ours": pair.ours, "peer": pair.peer, "copies": copies}, rounds)
-    found = ratio(seconds["ours"], seconds["peer"])
-    limit = ratio(seconds["ours"], seconds["copies"])
-    scale = PASSES[case.mode] / (2 * (PASSES[case.mode] // 2))  # a copy moves the bytes twice: read and written
-    return {
-        "name": case.name, "backend": case.backend, "peer": case.peer, "mode": case.mode, "layout": case.layout,
-        "shape": list(case.shape), "dtype": case.dtype, "ratio": found.median, "low": found.low, "high": found.high,
-        "bar": case.bar, "reached": None if case.bar is None else found.low <= case.bar,
-        "copies": limit.median / scale,
-        "memory": None if pair.memory is None else pair.memory() / source.nbytes,
-    }  # fmt: skip
-
-
-def _compare(case: Case, ours: tuple[Any, ...], peer: tuple[Any, ...], tolerance: float) -> None:
-    for mine, theirs in zip(ours, peer, strict=True):
-        error = np.abs(mine.astype(np.float64) - theirs).max() / np.abs(theirs).max()
-        if not error <= tolerance:
-            raise click.ClickException(f"{case.name}: results differ by {error:.2g} of the largest; nothing was timed.")
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table(box=None)
-    for title, side in (("case", "left"), ("ours / peer", "right"), ("95 %", "right"), ("bar", "right"),
-                        ("", "left"), ("copies", "right"), ("memory", "right")):  # fmt: skip
-        table.add_column(title, justify=side)  # type: ignore[arg-type]
-    for row in rows:
-        mark = {True: "[green]reached", False: "[red]MISSED", None: ""}[row["reached"]]
-        table.add_row(
-            row["name"], f"{row['ratio']:.2f}", f"{row['low']:.2f} - {row['high']:.2f}",
-            "" if row["bar"] is None else f"{row['bar']:.2f}", mark, f"{row['copies']:.1f}",
-            "" if row["memory"] is None else f"{row['memory']:.2f}",
-        )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def _machine() -> dict[str, Any]:
-    names = ("bnlayer", "numpy", "torch", "tensorflow", "tensorflow-cpu", "keras", "jax", "flax")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
+def _runnable(only: tuple[str, ...], device: str) -> list[str]:
+    """The suites to run; what was asked for by name has to be there."""
+    names = []
+    for name in only or SUITES:
+        suite = SUITES[name]
+        if suite.missing:
+            why = f"{', '.join(suite.missing)} is not installed"
+        elif device != "cpu" and device not in suite.devices:
+            why = f"it has no cases on {device}"
+        else:
+            names.append(name)
             continue
-    return {"python": platform.python_version(), "system": platform.platform(), "processor": _processor(), **versions}
+        if name in only:
+            _refuse(f"{name}: {why}.")
+        click.echo(f"{name}: left out, {why}", err=True)
+    return names
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(models)} x {models[0]}" if models else platform.processor()
+def _measured(task: str, name: str, device: str, match: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """The rows of one suite, as its process finds them."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **SUITES[name].environment}
+    if task == "memory":
+        environment |= ENVIRONMENT
+    command = [sys.executable, "-m", "benchmarks.worker", task, name, device, match, str(rounds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=_ROOT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield json.loads(line)
+    if process.returncode:
+        _refuse(f"{name}: {' '.join(command)} ended with exit code {process.returncode}; what it said stands above.")
+
+
+def _refuse(why: str) -> None:
+    error = click.ClickException(why)
+    error.exit_code = 3
+    raise error
 
 
 if __name__ == "__main__":

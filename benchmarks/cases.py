@@ -1,4 +1,4 @@
-"""What is timed: a backend, a peer, a mode, a dtype, a layout and a shape; and the bar, where there is one."""
+"""What is timed: a backend's layer against its peer, or one of the core's jobs; and the bar, where there is one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Pair:
         ours, peer: run it once, to the end.
         results: what both compute, y first, as numpy; compared before anything is timed.
         tolerance: by which they may differ, relative to the largest value.
-        memory: bytes at the peak of one call of ours beyond what was there before, where that can be told.
+        memory: the bytes that one call of ours has at most at a time, its results among them, where the package that
+            allocates can tell; else the process is watched.
     """
 
     ours: Callable[[], object]
@@ -41,13 +42,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed.
+    """A layer's call, and what it is compared with.
 
     Attributes:
-        backend: whose layer; the option `--only`.
-        peer: what it is compared with.
+        backend: whose layer.
+        peer: what it is compared with; "ours, ..." for another call of our own.
         mode: eval, train (forward) or grad (forward and backward in training mode).
-        layout: such as "NHWC".
+        layout: such as "NHWC", and what is special about the call after a comma: "NHWC, mask".
         shape: of the input as this backend has it.
         bar: the ratio to reach; None: it is only told.
         make: makes the pair; frameworks are imported there.
@@ -65,8 +66,40 @@ class Case:
     @property
     def name(self) -> str:
         """For tables and for `--match`."""
-        shape = "x".join(map(str, self.shape))
-        return f"{self.backend}/{self.peer}/{self.layout}/{shape}/{self.dtype}/{self.mode}"
+        return f"{self.backend}/{self.peer}/{self.layout}/{length(self.shape)}/{self.dtype}/{self.mode}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the core, such as reading a file.
+
+    Attributes:
+        what, peer: in words.
+        ours, against: run each once; against None the figure is in seconds.
+        bar: the ratio, or the seconds, to reach.
+        rounds: how often it is timed at the most.
+        memory: the bytes that ours takes at the most, measured apart.
+        memory_bar: what that may be.
+    """
+
+    what: str
+    peer: str
+    ours: Callable[[], object]
+    against: Callable[[], object] | None
+    bar: float
+    rounds: int = 15
+    memory: Callable[[], int] | None = None
+    memory_bar: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For tables and for `--match`."""
+        return f"core/{self.what}/{self.peer}"
+
+
+def length(shape: Shape) -> str:
+    """A shape as it is written in names: 32x56x56x64."""
+    return "x".join(map(str, shape))
 
 
 def data(shape: Shape, dtype: str = "float32", *, mean: float = 0.5, seed: int = 0) -> tuple[NDArray, NDArray]:

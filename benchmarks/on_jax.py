@@ -1,83 +1,170 @@
-"""JAX: our function under jit against `flax.nnx.BatchNorm` and `flax.linen.BatchNorm`."""
+"""JAX: our Flax modules under jit against Flax's, and what those do not have against our own plain call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
-from .cases import IMAGES, MODES, ROWS, Case, Mode, Pair, Shape, data, parameters
+import click
+import numpy as np
 
-_BARS = {"eval": 1.0, "train": 1.10, "grad": 0.80}
-_GATED = {(64, 14, 14, 256), (128, 7, 7, 512), (65536, 64)}
+from .cases import IMAGES, MODES, ROWS, Case, Mode, NDArray, Pair, Shape, data, parameters
+from .reference import reference
+
+_BARS: Final = {"eval": 1.0, "train": 1.10, "grad": 0.80}
+_GATED: Final = {(64, 14, 14, 256), (128, 7, 7, 512), (65536, 64)}  # the others take too little time, or memory's luck
+_EPSILON: Final = 1e-5
+_GHOSTS: Final = 4
+
+Normalize = Callable[[Any, Any, Any], tuple[Any, Any]]  # x, gamma and beta to y and the moving statistics
 
 
-def cases() -> Iterator[Case]:
-    """Channels last."""
+@dataclass(frozen=True)
+class _Option:
+    """What our call can beyond the plain one, with the bars against that.
+
+    Attributes:
+        name: for the case's name.
+        bars: by mode.
+        weights: "mask" or "weights" of every position.
+        fields: of the spec, by the number of rows.
+        groups: which ghost batch each row is in, by the number of rows.
+    """
+
+    name: str
+    bars: Mapping[str, float]
+    weights: str | None = None
+    fields: Callable[[int], dict[str, Any]] = field(default=lambda _: {})
+    groups: Callable[[int], NDArray] | None = None
+
+
+def _renorm(_: int) -> dict[str, Any]:
+    from bnlayer import Renorm
+
+    # With these clips, which cost what others do, the result is that of the plain call.
+    return {"renorm": Renorm(r_max=1.0, r_min=1.0, d_max=0.0)}
+
+
+def _ghosts(layout: str, rows: int) -> dict[str, Any]:
+    return {"virtual_batch_size": rows // _GHOSTS, "virtual_batch_layout": layout}
+
+
+_WEIGHTED: Final = {"eval": 1.1, "train": 2.0, "grad": 2.0}
+_OTHER: Final = {"train": 1.5, "grad": 1.5}
+_OPTIONS: Final = (
+    _Option("mask", _WEIGHTED, weights="mask"),
+    _Option("weights", _WEIGHTED, weights="weights"),
+    _Option("renorm", _OTHER, fields=_renorm),
+    _Option("strided ghosts", _OTHER, fields=partial(_ghosts, "strided"), groups=lambda n: np.arange(n) % _GHOSTS),
+    _Option(
+        "consecutive ghosts", _OTHER, fields=partial(_ghosts, "consecutive"),
+        groups=lambda n: np.arange(n) // (n // _GHOSTS),
+    ),
+)  # fmt: skip
+
+
+def cases(device: str = "cpu") -> Iterator[Case]:
+    """Channels last; on a device that is not the CPU without bars.
+
+    Raises:
+        ClickException: JAX has no such device here.
+    """
+    device_of(device)
+    gated = device == "cpu"
     for peer in ("flax.nnx", "flax.linen"):
         for shape in (*IMAGES, *ROWS):
             for mode in MODES:
-                layout = "NHWC" if len(shape) == 4 else "NC"
-                bar = _BARS[mode] if shape in _GATED else None
-                yield Case("jax", peer, mode, "float32", layout, shape, bar, partial(_pair, peer, mode, shape))
+                bar = _BARS[mode] if gated and shape in _GATED else None
+                yield _against_flax(device, peer, mode, shape, bar)
+    for option in _OPTIONS:
+        for shape in (*IMAGES, *ROWS):
+            for mode in (mode for mode in MODES if mode in option.bars):
+                bar = option.bars[mode] if gated and shape in _GATED else None
+                make = partial(_option_pair, device, mode, shape, option)
+                layout = f"{layout_of(shape)}, {option.name}"
+                yield Case("jax", "ours, plain", mode, "float32", layout, shape, bar, make)
+    for shape in ((64, 14, 14, 256), (65536, 64)):
+        for mode in MODES:
+            yield _against_flax(device, "flax.linen", mode, shape, None, dtype="bfloat16")
+            yield _against_flax(device, "flax.linen", mode, shape, None, mean=1e3)
 
 
-def _pair(peer: str, mode: Mode, shape: Shape) -> Pair:
+def device_of(name: str) -> Any:
+    """JAX's first device of this kind.
+
+    Raises:
+        ClickException: there is none.
+    """
     import jax
-    import jax.numpy as jnp
 
-    import bnlayer
-    import bnlayer_jax
-
-    x, dy = (jnp.asarray(a) for a in data(shape))
-    values = {name: jnp.asarray(value) for name, value in parameters(shape[-1]).items()}
-    spec = bnlayer.BatchNormSpec(shape[-1], decay=0.99)
-    state = bnlayer.BatchNormState(**values)
-
-    def ours(x: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
-        y, after = bnlayer_jax.batch_norm(x, state.replace(gamma=gamma, beta=beta), spec, training=mode != "eval")
-        return y, (after.moving_mean, after.moving_variance)
-
-    theirs = (_nnx if peer == "flax.nnx" else _linen)(mode, shape, values)
-
-    def compiled(function: Callable[..., tuple[Any, Any]]) -> Callable[[], tuple[Any, ...]]:
-        def step(x: Any, gamma: Any, beta: Any, dy: Any) -> tuple[Any, ...]:
-            if mode != "grad":
-                y, moved = function(x, gamma, beta)
-                return y, moved
-            y, back, moved = jax.vjp(function, x, gamma, beta, has_aux=True)
-            return y, back(dy)[0], moved
-
-        run = jax.jit(step)
-        return lambda: jax.block_until_ready(run(x, values["gamma"], values["beta"], dy))
-
-    calls = compiled(ours), compiled(theirs)
-
-    def results() -> Any:
-        return tuple(tuple(jax.device_get(part) for part in call()[:-1]) for call in calls)
-
-    return Pair(calls[0], calls[1], results)
+    try:
+        return jax.devices(name)[0]
+    except RuntimeError as error:
+        refusal = click.ClickException(f"JAX has no {name} device here; install a jax for it ({error}).")
+        refusal.exit_code = 3
+        raise refusal from error
 
 
-def _linen(mode: Mode, shape: Shape, values: dict[str, Any]) -> Callable[..., tuple[Any, Any]]:
-    from flax import linen
+def layout_of(shape: Shape) -> str:
+    """Channels last."""
+    return "NHWC" if len(shape) == 4 else "NC"
 
-    layer = linen.BatchNorm(use_running_average=mode == "eval", momentum=0.99, epsilon=1e-5)
+
+def _against_flax(
+    device: str, peer: str, mode: Mode, shape: Shape, bar: float | None, *, dtype: str = "float32", mean: float = 0.5
+) -> Case:
+    # Flax's usual variance, mean(x^2) - mean(x)^2, is no result to compare with under such a mean; its other one is.
+    accurate = mean == 1e3
+    layout = f"{layout_of(shape)}, mean 1e3, use_fast_variance=False" if accurate else layout_of(shape)
+    return Case(
+        "jax", peer, mode, dtype, layout, shape, bar, partial(_flax_pair, device, peer, mode, shape, dtype, mean)
+    )
+
+
+def _flax_pair(device: str, peer: str, mode: Mode, shape: Shape, dtype: str, mean: float) -> Pair:
+    arrays = _on(device, *data(shape, mean=mean), dtype=dtype)
+    values = parameters(shape[-1])
+    if peer == "flax.nnx":
+        import flax.nnx
+
+        import bnlayer_jax.nnx
+
+        kinds, make = (bnlayer_jax.nnx.BatchNorm, flax.nnx.BatchNorm), _nnx
+    else:
+        import flax.linen
+
+        import bnlayer_jax.linen
+
+        kinds, make = (bnlayer_jax.linen.BatchNorm, flax.linen.BatchNorm), _linen
+    options = {
+        "use_running_average": mode == "eval", "momentum": 0.99, "epsilon": _EPSILON, "dtype": dtype,
+        "use_fast_variance": mean != 1e3,
+    }  # fmt: skip
+    calls = [_compiled(make(kind, shape[-1], options, values), mode, device, *arrays, values) for kind in kinds]
+    # Of x itself the roundings are 1e-4 at a mean of 1e3.
+    tolerance = 2e-2 if dtype == "bfloat16" else 1e-3 if mean == 1e3 else 1e-4
+    return Pair(calls[0], calls[1], lambda: tuple(_flat(call()) for call in calls), tolerance)
+
+
+def _linen(kind: Any, _: int, options: Mapping[str, Any], values: Mapping[str, NDArray]) -> Normalize:
+    layer = kind(**options)
     stats = {"mean": values["moving_mean"], "var": values["moving_variance"]}
 
     def function(x: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
-        variables = {"params": {"scale": gamma, "bias": beta}, "batch_stats": stats}
-        y, after = layer.apply(variables, x, mutable=["batch_stats"])
-        return y, after
+        y, after = layer.apply(
+            {"params": {"scale": gamma, "bias": beta}, "batch_stats": stats}, x, mutable=["batch_stats"]
+        )
+        return y, (after["batch_stats"]["mean"], after["batch_stats"]["var"])
 
     return function
 
 
-def _nnx(mode: Mode, shape: Shape, values: dict[str, Any]) -> Callable[..., tuple[Any, Any]]:
+def _nnx(kind: Any, channels: int, options: Mapping[str, Any], values: Mapping[str, NDArray]) -> Normalize:
     from flax import nnx
 
-    layer = nnx.BatchNorm(shape[-1], use_running_average=mode == "eval", momentum=0.99, epsilon=1e-5, rngs=nnx.Rngs(0))
-    graph, start = nnx.split(layer)
+    graph, start = nnx.split(kind(channels, **options, rngs=nnx.Rngs(0)))
 
     def function(x: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
         layer = nnx.merge(graph, start)
@@ -87,3 +174,75 @@ def _nnx(mode: Mode, shape: Shape, values: dict[str, Any]) -> Callable[..., tupl
         return y, (layer.mean[...], layer.var[...])
 
     return function
+
+
+def _option_pair(device: str, mode: Mode, shape: Shape, option: _Option) -> Pair:
+    import bnlayer
+
+    arrays, values = data(shape), parameters(shape[-1])
+    weights = None
+    if option.weights is not None:
+        drawn = np.random.default_rng(2).uniform(0, 1, shape[:-1]).astype(np.float32)
+        weights = drawn > 0.2 if option.weights == "mask" else drawn
+    plain = bnlayer.BatchNormSpec(shape[-1], epsilon=_EPSILON)
+    placed = _on(device, *arrays)
+    ours, peer = (
+        _compiled(_function(spec, mode, values), mode, device, *placed, values, *given)
+        for spec, given in (
+            (plain.replace(**option.fields(shape[0])), () if weights is None else (weights,)),
+            (plain, ()),
+        )
+    )
+
+    def results() -> Any:
+        groups = None if option.groups is None else option.groups(shape[0])
+        want = reference(mode, *arrays, values, _EPSILON, weights=weights, groups=groups)
+        return _flat(ours())[: len(want)], want
+
+    return Pair(ours, peer, results)
+
+
+def _function(spec: Any, mode: Mode, values: Mapping[str, NDArray]) -> Callable[..., tuple[Any, Any]]:
+    import bnlayer
+    import bnlayer_jax.state
+
+    state = bnlayer_jax.state.owned(bnlayer.BatchNormState(**values), spec)
+
+    def function(x: Any, gamma: Any, beta: Any, weights: Any = None) -> tuple[Any, Any]:
+        y, after = bnlayer_jax.batch_norm(
+            x, state.replace(gamma=gamma, beta=beta), spec, training=mode != "eval", weights=weights
+        )
+        return y, (after.moving_mean, after.moving_variance)
+
+    return function
+
+
+def _compiled(
+    function: Callable[..., tuple[Any, Any]], mode: Mode, device: str, x: Any, dy: Any, values: Mapping[str, NDArray],
+    *rest: NDArray,
+) -> Callable[[], tuple[Any, ...]]:  # fmt: skip
+    """What is timed: y first, then in mode "grad" dx, dgamma and dbeta, then the moving statistics."""
+    import jax
+
+    def step(x: Any, gamma: Any, beta: Any, dy: Any, *rest: Any) -> tuple[Any, ...]:
+        if mode != "grad":
+            return function(x, gamma, beta, *rest)
+        y, back, moved = jax.vjp(lambda *inputs: function(*inputs, *rest), x, gamma, beta, has_aux=True)
+        return y, *back(dy), moved
+
+    run = jax.jit(step)
+    inputs = (x, *_on(device, values["gamma"], values["beta"]), dy, *jax.device_put(rest, device_of(device)))
+    return lambda: jax.block_until_ready(run(*inputs))
+
+
+def _on(device: str, *arrays: NDArray, dtype: str = "float32") -> list[Any]:
+    import jax
+    import jax.numpy as jnp
+
+    return [jax.device_put(jnp.asarray(array, dtype), device_of(device)) for array in arrays]
+
+
+def _flat(results: tuple[Any, ...]) -> tuple[NDArray, ...]:
+    import jax
+
+    return tuple(np.asarray(part, np.float32) for part in jax.tree.leaves(results))

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
-from .archive import members, opened
+from .archive import damage_told, members, opened
 from .checkpoint import Checkpoint, NDArray, Tensor
 from .formats import Options
 from .npy import read_data, read_header
@@ -36,7 +36,7 @@ _LONGEST_TEXT: Final = 2**26
 def read(path: Path, options: Options) -> Checkpoint:
     """Read every header; arrays when they are asked for. `FormatModule.read`."""
     source = Source(path)
-    headers: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+    headers: dict[str, tuple[np.dtype[Any], tuple[int, ...], zipfile.ZipInfo]] = {}
     texts: dict[str, str] = {}
     with opened(source) as archive:
         for filename, info in members(archive, source, plain=False).items():
@@ -54,9 +54,12 @@ def read(path: Path, options: Options) -> Checkpoint:
                 elif dtype.kind not in "biufc":
                     source.refuse(filename, f"its dtype {dtype} is not one of numbers")
                 else:
-                    headers[name] = dtype.newbyteorder("="), shape
+                    headers[name] = dtype.newbyteorder("="), shape, info
     named = _named(texts.pop(_DTYPES, None), path)
-    tensors = {name: _lazy(source, name, dtype, shape, named.get(name)) for name, (dtype, shape) in headers.items()}
+    tensors = {
+        name: _lazy(archive, source, info, name, dtype, shape, named.get(name))
+        for name, (dtype, shape, info) in headers.items()
+    }
     return Checkpoint("npz", tensors, order_is_meaningful=True, path=path, metadata=texts)
 
 
@@ -84,13 +87,21 @@ def _add(archive: zipfile.ZipFile, name: str, array: NDArray, as_bits: np.dtype[
         np.lib.format.write_array(stream, array if as_bits is None else array.view(as_bits), allow_pickle=False)
 
 
-def _lazy(source: Source, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], named: str | None) -> Tensor:
+def _lazy(
+    archive: zipfile.ZipFile,
+    source: Source,
+    info: zipfile.ZipInfo,
+    name: str,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    named: str | None,
+) -> Tensor:
     place = f"{source.path}: {name}"
     if named is not None and (named not in _BITS or _BITS[named][1] != dtype):
         source.refuse(name, f"it is stored as {dtype}, and said to be {named!r}")
 
     def load() -> NDArray:
-        with opened(source) as archive, archive.open(f"{name}.npy") as stream:
+        with damage_told(source), archive.open(info) as stream:
             array = read_data(stream.read, *read_header(stream, place), place)
         return array if named is None else array.view(_BITS[named][0])
 

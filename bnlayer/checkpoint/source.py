@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class Source:
         return self.read(0, min(length, self.size), "beginning")
 
     @contextmanager
-    def open(self) -> Iterator[IO[bytes]]:
+    def open(self) -> Iterator[io.BufferedReader]:
         """The file, for a library that wants to read by itself.
 
         Raises:
@@ -133,15 +134,14 @@ class Bounded:
         return self._stream.readline(max(0, self._end - self._stream.tell()))
 
 
-def fill(stream: IO[bytes], buffer: memoryview | bytearray) -> int:
+def fill(stream: io.BufferedReader | io.RawIOBase, buffer: memoryview | bytearray) -> int:
     """Read into a buffer piece by piece; how many bytes there were."""
     view, at = memoryview(buffer), 0
     while at < len(view):
-        data = stream.read(min(_PIECE, len(view) - at))
-        if not data:
+        length = stream.readinto(view[at : at + _PIECE])
+        if not length:
             break
-        view[at : at + len(data)] = data
-        at += len(data)
+        at += length
     return at
 
 

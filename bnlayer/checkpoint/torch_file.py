@@ -12,12 +12,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Final
 
-from ..errors import CheckpointError
-from .archive import members, opened
+from .archive import members, opened, stored
 from .checkpoint import Checkpoint, NDArray
 from .formats import Options
 from .pickles import Reader
-from .source import Source, fill
+from .source import Source
 from .torch_objects import DTYPES, STORAGES, checkpoint_of
 from .writing import any_name, bytes_of, refuse_unfit
 
@@ -32,28 +31,23 @@ def read(path: Path, options: Options) -> Checkpoint:
     source = Source(path)
     with opened(source) as archive:
         inside = members(archive, source, plain=True)
-        pickle = next((name for name in inside if name.rsplit("/", 1)[-1] == "data.pkl"), None)
-        if pickle is None:
-            source.refuse("", "it has no data.pkl, so it is not a file of torch.save")
-        folder = pickle.removesuffix("data.pkl")
-        order = archive.read(inside[f"{folder}byteorder"]) if f"{folder}byteorder" in inside else b"little"
-        if order != b"little":
-            source.refuse("byteorder", f"it is {order[:20]!r}; only little-endian files are read")
-        if any(name.startswith(f"{folder}code/") for name in inside):
-            source.refuse("", "it is a TorchScript program; save its state_dict() instead")
-        root = Reader(f"{path}: {pickle}").run(BytesIO(archive.read(inside[pickle])))
+    pickle = next((name for name in inside if name.rsplit("/", 1)[-1] == "data.pkl"), None)
+    if pickle is None:
+        source.refuse("", "it has no data.pkl, so it is not a file of torch.save")
+    folder = pickle.removesuffix("data.pkl")
+    order = stored(inside[f"{folder}byteorder"], source) if f"{folder}byteorder" in inside else b"little"
+    if order != b"little":
+        source.refuse("byteorder", f"it is {bytes(order[:20])!r}; only little-endian files are read")
+    if any(name.startswith(f"{folder}code/") for name in inside):
+        source.refuse("", "it is a TorchScript program; save its state_dict() instead")
+    root = Reader(f"{path}: {pickle}").run(BytesIO(stored(inside[pickle], source)))
 
     def sizes(key: str) -> int | None:
         member = inside.get(f"{folder}data/{key}")
         return None if member is None else member.file_size
 
     def storage(key: str, length: int, place: str) -> bytearray:
-        data = bytearray(length)
-        with opened(source) as archive, archive.open(inside[f"{folder}data/{key}"]) as stream:
-            found = fill(stream, data)
-        if found != length:
-            raise CheckpointError(f"{place}: {length} bytes were expected, and {found} could be read.")
-        return data
+        return stored(inside[f"{folder}data/{key}"], source, length)
 
     return checkpoint_of(root, path, "torch", options, sizes, storage)
 

@@ -336,6 +336,11 @@ CASES: dict[str, tuple[Maker, str]] = {
     "torch-member-twice": (raw("x.pt", doubled(torch_zip(tensor_pickle(), ZEROS))), "twice"),
     "torch-compressed": (
         raw("x.pt", lambda: torch_zip(tensor_pickle(), {"0": bytes(2**20)}, compression=zipfile.ZIP_DEFLATED)), "compressed"),
+    "torch-storage-flipped": (
+        raw("x.pt", lambda: torch_zip(tensor_pickle(), {"0": b"\x5a" * 16}).replace(b"\x5a" * 16, b"\x5a" * 15 + b"\x5b")),
+        "CRC-32"),
+    "torch-member-under-two-names": (
+        raw("x.pt", lambda: torch_zip(tensor_pickle(), ZEROS).replace(b"/data/0", b"/data/1", 1)), "name it differently"),
     "torch-pickle-cut": (raw("x.pt", torch_zip(tensor_pickle()[:60], ZEROS)), "pickle is damaged"),
     "torch-pickle-endless": (raw("x.pt", torch_zip(b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", ZEROS)), "no state_dict"),
     "torch-nested": (raw("x.pt", torch_zip(nested_pickle(5000))), "no state_dict"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +175,17 @@ def test_a_flax_array_above_the_limit_lies_in_chunks(tmp_path: Path, monkeypatch
     made.save(tmp_path / "x.msgpack")
     assert (tmp_path / "x.msgpack").read_bytes().count(b"__msgpack_chunked_array__") == 1
     assert_same(checkpoint.open(tmp_path / "x.msgpack"), made, "flax")
+
+
+def test_a_torch_file_without_checksums_is_read(tmp_path: Path) -> None:
+    """As torch.save writes it after torch.serialization.set_crc32_options(False): every CRC-32 is 0."""
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    path = tmp_path / "model.pt"
+    Checkpoint("torch", {"weight": Tensor.of(array)}, order_is_meaningful=True).save(path)
+    with zipfile.ZipFile(path) as archive:
+        checksums = [info.CRC for info in archive.infolist()]
+    data = path.read_bytes()
+    for checksum in checksums:
+        data = data.replace(struct.pack("<I", checksum), bytes(4))
+    path.write_bytes(data)
+    np.testing.assert_array_equal(checkpoint.open(path)["weight"], array)

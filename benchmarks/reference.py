@@ -1,0 +1,47 @@
+"""What a batch norm computes, by the definition and in double precision: where no peer has the feature to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .cases import Mode, NDArray
+
+
+def reference(
+    mode: Mode,
+    x: NDArray,
+    dy: NDArray,
+    values: Mapping[str, NDArray],
+    epsilon: float,
+    *,
+    weights: NDArray | None = None,
+    groups: NDArray | None = None,
+) -> tuple[NDArray, ...]:
+    """y, and in mode "grad" dx, for channels last.
+
+    Args:
+        mode: of the case.
+        x, dy: the channel axis is the last.
+        values: gamma, beta, moving_mean, moving_variance.
+        epsilon: added to the variance.
+        weights: of x's shape without the channel axis.
+        groups: which ghost batch each row is in.
+    """
+    if mode == "eval":
+        sd = np.sqrt(values["moving_variance"].astype(np.float64) + epsilon)
+        return (values["gamma"] * ((x - values["moving_mean"]) / sd) + values["beta"],)
+    axes = tuple(range(x.ndim - 1))
+    y, dx = np.empty(x.shape), np.empty(x.shape)
+    members = [np.arange(len(x))] if groups is None else [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    for rows in members:
+        part, dpart = x[rows].astype(np.float64), dy[rows].astype(np.float64)
+        w = np.ones((*part.shape[:-1], 1)) if weights is None else weights[rows][..., None].astype(np.float64)
+        share = w / w.sum()
+        mean = (share * part).sum(axes)
+        sd = np.sqrt((share * np.square(part - mean)).sum(axes) + epsilon)
+        xhat = (part - mean) / sd
+        y[rows] = values["gamma"] * xhat + values["beta"]
+        dx[rows] = values["gamma"] / sd * (dpart - share * (dpart.sum(axes) + xhat * (dpart * xhat).sum(axes)))
+    return (y, dx) if mode == "grad" else (y,)
