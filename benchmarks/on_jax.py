@@ -164,10 +164,8 @@ def _linen(kind: Any, _: int, options: Mapping[str, Any], values: Mapping[str, N
 def _nnx(kind: Any, channels: int, options: Mapping[str, Any], values: Mapping[str, NDArray]) -> Normalize:
     from flax import nnx
 
-    graph, start = nnx.split(kind(channels, **options, rngs=nnx.Rngs(0)))
-
     def function(x: Any, gamma: Any, beta: Any) -> tuple[Any, Any]:
-        layer = nnx.merge(graph, start)
+        layer = kind(channels, **options, rngs=nnx.Rngs(0))  # at this trace's level, where it can be changed
         layer.scale[...], layer.bias[...] = gamma, beta
         layer.mean[...], layer.var[...] = values["moving_mean"], values["moving_variance"]
         y = layer(x)

@@ -1,4 +1,4 @@
-"""What a batch norm computes, by the definition and in double precision: where no peer has the feature to compare with."""
+"""What a batch norm computes, by the definition and in double precision: the judge where no peer has the feature."""
 
 from __future__ import annotations
 

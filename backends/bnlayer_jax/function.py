@@ -1,9 +1,9 @@
-"""`batch_norm` for JAX: a pure function, differentiable to every order by JAX itself."""
+"""`batch_norm` for JAX: a pure function, differentiable to every order."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from bnlayer.state import BatchNormState
 
 from .averages import updated
 from .ghosts import groups_of
+from .normalization import scaled, seen
+from .paths import in_one_pass
 from .precision import refuse_missing_float64
 from .renorm import corrections, read_clips
 from .replicas import AxisName, Replicas, replicas_of
@@ -24,15 +26,6 @@ from .state import check_names_and_shapes
 from .statistics import entering, group_moments, replicated_moments
 from .support import MISSING
 from .weights import check_values, related, unwrapping
-
-
-class Scales(NamedTuple):
-    """What turns centered values into y, but for beta: gamma (((x - m)/sd r + d) scale + bias); None: not there."""
-
-    sd: jax.Array
-    renorm: tuple[jax.Array, jax.Array] | None
-    adjustment: tuple[jax.Array, jax.Array] | None
-    gamma: jax.Array | None
 
 
 def batch_norm(
@@ -50,8 +43,7 @@ def batch_norm(
     """Normalize x and update the moving statistics.
 
     Works under jit, grad, jvp, hessian, vmap, scan, remat and shard_map; `spec`, `training`, `update_stats` and
-    `axis_name` are static. There is no custom derivative rule: what the formulas say is what JAX differentiates, to
-    every order.
+    `axis_name` are static. Derivatives of every order are right, forwards and backwards (`bnlayer_jax.normalization`).
 
     Over several devices there are two ways, and only one of them asks `spec.synchronized`:
 
@@ -146,19 +138,18 @@ def _normalized_and_updated(
     """y and the state after, for x and the adjustment in the plan's arithmetic."""
     groups = groups_of(spec, plan, x.shape[0])
     related_weights = None if weights is None else related(weights, plan, groups, replicas)
+    positive = None if related_weights is None else related_weights.positive
     x = groups.split(x)
-    # A position without weight may hold anything; what is not finite there must not reach a sum, nor may a gradient
-    # of 0 be multiplied by it.
-    hidden = None if related_weights is None else ~(related_weights.positive | jnp.isfinite(x))
-    seen = x if hidden is None else jnp.where(hidden, 0, x)
     shift, variance = _moving(state, plan.arithmetic, groups.channel_shape)
-    rest: jax.Array | None = None
+    rest = jnp.zeros_like(shift)
     renorm: tuple[jax.Array, jax.Array] | None = None
+    one_pass = False
     if plan.batch_statistics and plan.count != 0:
         if replicas is None:
-            batch = group_moments(seen, groups, related_weights)
+            one_pass = in_one_pass(x.size)
+            batch = group_moments(x, groups, related_weights, one_pass=one_pass)
         else:
-            batch = replicated_moments(seen, groups, related_weights, replicas)
+            batch = replicated_moments(seen(x, positive, 0), groups, related_weights, replicas)
         # At W = 0 there are no batch statistics: y comes by the eval formula. Chosen before the square root, so that
         # no gradient of the unused branch is multiplied by infinity.
         some = True if batch.some is None else batch.some
@@ -171,36 +162,22 @@ def _normalized_and_updated(
         variance = _where(some, batch.variance, variance)
         if plan.update:
             state = updated(state, entering(batch, groups, related_weights), spec)
-    gamma = None if state.gamma is None else _per_channel(state.gamma, plan.arithmetic, groups.channel_shape)
-    scales = Scales(jnp.sqrt(variance + spec.epsilon), renorm, adjustment, gamma)
-    centered = _centered(seen, shift, rest)
-    if hidden is None:
-        y = _scaled(centered, scales)
+    scale, offset = 1 / jnp.sqrt(variance + spec.epsilon), jnp.zeros_like(variance)
+    if renorm is not None:
+        scale, offset = scale * renorm[0], renorm[1]
+    gamma = 1.0 if state.gamma is None else _per_channel(state.gamma, plan.arithmetic, groups.channel_shape)
+    beta = 0.0 if state.beta is None else _per_channel(state.beta, plan.arithmetic, groups.channel_shape)
+    if adjustment is None:
+        y = scaled(x, shift, rest, scale * gamma, offset * gamma + beta, positive, one_pass=one_pass)
     else:
-        # x reaches its own y there, and through the mean the others; in the gradients of the scales its xhat is 0.
-        y = _scaled(jnp.where(hidden, 0, centered), scales)
-        reached = _scaled(_centered(x, shift, rest), jax.lax.stop_gradient(scales))
-        y = jnp.where(hidden, reached + (y - jax.lax.stop_gradient(y)), y)
-    if state.beta is not None:
-        y = y + _per_channel(state.beta, plan.arithmetic, groups.channel_shape)
+        y = scaled(x, shift, rest, scale, offset, positive, one_pass=one_pass)
+        y = (y * adjustment[0] + adjustment[1]) * gamma + beta
     return groups.join(y), state
 
 
 def _where(some: jax.Array | bool, chosen: jax.Array, otherwise: jax.Array | float) -> jax.Array:
     """`chosen` where some weight is there; `True` is known without looking, and costs nothing."""
     return chosen if some is True else jnp.where(some, chosen, otherwise)
-
-
-def _centered(x: jax.Array, shift: jax.Array, rest: jax.Array | None) -> jax.Array:
-    return x - shift if rest is None else (x - shift) - rest
-
-
-def _scaled(centered: jax.Array, scales: Scales) -> jax.Array:
-    y = centered / scales.sd
-    for pair in (scales.renorm, scales.adjustment):
-        if pair is not None:
-            y = y * pair[0] + pair[1]
-    return y if scales.gamma is None else y * scales.gamma
 
 
 def _moving(state: BatchNormState[Any], dtype: str, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .ghosts import Groups, NDArray
+from .normalization import moments
 from .replicas import Replicas
 from .weights import Spread, Weights
 
@@ -49,37 +50,23 @@ class Entering:
     some: jax.Array | None
 
 
-def group_moments(x: jax.Array, groups: Groups, weights: Weights | None) -> Moments:
+def group_moments(x: jax.Array, groups: Groups, weights: Weights | None, *, one_pass: bool) -> Moments:
     """m = sum(w x)/W, v = sum(w (x-m)^2)/W and u = v/(1 - Q/W^2) over each group's positions of a channel.
 
-    The shift does not change what m and v are, only how they round, so stopping its gradient leaves every derivative
-    exact, and keeps a constant channel's variance at 0.
-
     Args:
-        x: in the plan's arithmetic, split, at least one element a channel, finite wherever the weight is 0.
+        x: in the plan's arithmetic, split, at least one element a channel; anything where the weight is 0.
         groups: of the call.
         weights: of the call, or None.
+        one_pass: see `normalization.moments`.
     """
-
-    def mean(values: jax.Array) -> jax.Array:
-        total = jnp.sum(values, axis=groups.reduced, keepdims=True)
-        return total / groups.counts if weights is None else total
-
-    def weighted(values: jax.Array) -> jax.Array:
-        if weights is not None:
-            return values * weights.proportions
-        return values if groups.present is None else jnp.where(groups.present, values, 0)
-
-    shift = jax.lax.stop_gradient(mean(weighted(x)))
-    shifted = x - shift
-    rest = mean(weighted(shifted))
-    deviation = shifted - rest
-    # Weighted before it is squared: under a mask the square may overflow, and 0 times that is NaN.
-    variance = mean(weighted(deviation) * deviation)
-    if weights is None:
-        return Moments(shift, rest, variance, _bessel(variance, groups.counts), None)
-    unbiased = _unbiased(variance, weights.spread.out())
-    return Moments(shift, rest, variance, unbiased, ~(weights.total == 0))  # NaN counts, so that it gets about
+    if weights is not None:
+        found = moments(x, groups.reduced, groups.counts, weights.proportions, weights.positive, one_pass=one_pass)
+        unbiased = _unbiased(found[2], weights.spread.out())
+        return Moments(*found, unbiased, ~(weights.total == 0))  # NaN counts, so that it gets about
+    # A repeated row has no part in its group.
+    shares = None if groups.present is None else jnp.where(groups.present, 1 / groups.counts, 0)
+    found = moments(x, groups.reduced, groups.counts, shares, None, one_pass=one_pass)
+    return Moments(*found, _bessel(found[2], groups.counts), None)
 
 
 def replicated_moments(x: jax.Array, groups: Groups, weights: Weights | None, replicas: Replicas) -> Moments:
