@@ -43,15 +43,19 @@ def batch_moments(x: NDArray, plan: CallPlan, weights: Weights | None) -> Moment
         total = np.asarray(np.sum(values, axis=plan.reduced, keepdims=True, dtype=np.float64))
         return total if weights is not None else total / count
 
-    concentration = 1.0 / count if weights is None else weights.concentration
     # The first mean is off by its rounding, c is what it missed: without it a constant channel would get a variance.
     shift = mean(x)
     deviation = x - shift
     c = mean(deviation)
-    variance = mean(np.square(deviation - c))
+    return completed(shift + c, mean(np.square(deviation - c)), weights, count)
+
+
+def completed(mean: NDArray, variance: NDArray, weights: Weights | None, count: int) -> Moments:
+    """The moments with this mean and biased variance, of `count` elements a channel."""
+    concentration = 1.0 / count if weights is None else weights.concentration
     one_value = concentration >= 1.0
     unbiased = np.zeros_like(variance) if one_value else variance / (1.0 - concentration)
-    return Moments(shift + c, variance, unbiased, float(count) if weights is None else weights.total)
+    return Moments(mean, variance, unbiased, float(count) if weights is None else weights.total)
 
 
 def combined(parts: Sequence[Moments]) -> Moments:

@@ -68,3 +68,9 @@ def related(values: NDArray, count: int) -> Weights:
 def is_real(weights: NDArray) -> bool:
     """Whether a gradient flows to these weights: floating-point ones, not masks."""
     return weights.dtype.kind not in "biu"
+
+
+def summed(at_positions: NDArray, weights: Weights) -> NDArray:
+    """The gradients of weights: those at each position, added up where one weight stands for many."""
+    spread_over = tuple(i for i, length in enumerate(weights.values.shape) if length == 1)
+    return np.asarray(at_positions.sum(axis=spread_over, keepdims=True))

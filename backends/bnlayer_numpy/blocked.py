@@ -1,0 +1,342 @@
+"""One batch, or ghost batch, block by block: the formulas of definition.py and statistics.py, with each block read from
+memory once per sum and once per result, in place, in the plan's arithmetic; sums in float64 across blocks.
+
+What that costs in accuracy, with u the unit roundoff, K = 8 + sqrt(n) the vectors' allowance (`bounds.py` of the
+conformance suite) and s the shift:
+
+* Sums of k numbers within a block are off by about sqrt(k) u/3 of their root mean square times k, as rounding errors
+  grow like a random walk; blocks' errors are independent, and the additions across them are exact to float64.
+* v = mean((x-s)^2) - (m-s)^2 is off by that, relative to mean((x-s)^2) = v + (m-s)^2. A result is trusted only where
+  (m-s)^2 <= v, which makes it at most twice the error of a sum of squares: always within K u v. Zero is tried first, as
+  it costs nothing; then a sample's mean.
+* y = (x-s) scale + offset, with offset = beta - (m-s) scale from float64, is off by u |gamma| (|xhat| + 2 |m-s|/sd), and
+  |m-s| <= sd, or 4 sd where moving statistics normalize.
+
+Trusted numbers lie where neither squares nor scales can leave the range of float32; `moments`, `scaling_of`,
+`normalize` and `gradients` say so by None or False where they do not, and the definition takes over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+
+from bnlayer.spec import BatchNormSpec
+
+from .cache import Cache, NDArray, Part, PartGradients, Scaling
+from .layout import ALL, Cut, Layout, Panel, fitted, joined, panels
+from .sums import Sum
+from .weights import Weights, summed
+
+# Variances (plus epsilon) between these keep squares, products and scales of float32 far from its ends, 2**-126 and
+# 2**128, also in a channel where one of 2**30 values is all the variance there is.
+LEAST_VARIANCE: Final = 2.0**-60
+LARGEST_VARIANCE: Final = 2.0**80
+LARGEST_SCALE: Final = 2.0**60
+# Beyond a total of the variances of this a scale may be so small, where gamma is, that float32 holds few of its digits.
+# Below, what is lost, 2**-150 |x - m|, stays below 2**-126, the smallest normal number: |x - m| < 256 sd < 2**24.
+COMMON_VARIANCE: Final = 2.0**32
+LEAST_SCALE: Final = 2.0**-100
+FARTHEST: Final = 4.0  # deviations from a moving mean to 0 within which x needs no shift
+SAMPLE: Final = 32
+# Where in the batch the sample's positions lie: one in each 32nd, at places that no period of the data follows.
+_PLACES: Final = (np.arange(SAMPLE) + np.arange(SAMPLE) * 0.6180339887498949 % 1.0) / SAMPLE
+
+
+def moments(
+    rows: NDArray, layout: Layout, weights: Weights | None, spec: BatchNormSpec, arithmetic: str
+) -> tuple[NDArray, NDArray, Scaling] | None:
+    """Mean and biased variance, float64 (C,), and what normalizes with them; None where they cannot be trusted.
+
+    Args:
+        rows: of a view of x, not empty.
+        layout: which gave the view.
+        weights: of these rows, their total above 0; or None.
+    """
+    dtype, view = np.dtype(arithmetic), joined(rows)
+    at = None if weights is None else _positions(weights, layout, view, dtype)
+    cut = panels(view.shape, dtype.itemsize)
+    small = len(cut) == len(cut[0].cuts) == 1
+    shift = None if small else _shift(view, at, dtype, always=False)
+    found = _moments(view, cut, shift, at, spec, dtype)
+    if found is None and shift is None:
+        found = _moments(view, cut, _shift(view, at, dtype, always=True), at, spec, dtype)
+    return found
+
+
+def scaling_of(mean: NDArray, variance: NDArray, epsilon: float, arithmetic: str) -> Scaling | None:
+    """What normalizes with moving statistics, (C,) and float64; None where that is for the definition."""
+    found = _scaling(None, mean, variance, epsilon)
+    if found is None:
+        return None
+    far = mean * found.rstd
+    if far.dot(far) <= FARTHEST**2 or np.abs(far).max() <= FARTHEST:
+        return found
+    shift = mean.astype(arithmetic)
+    return replace(found, shift=shift, rest=mean - shift) if np.isfinite(shift).all() else None
+
+
+def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
+    """Write the part's rows of y; False where that is for the definition. x and y are views of the cache's layout."""
+    scaling, arithmetic = part.scaling, np.dtype(cache.plan.arithmetic)
+    scale = None if scaling is None else _scale(cache, part, scaling)
+    if scaling is None or scale is None:
+        return False
+    view, target, shift = joined(x[part.rows]), joined(y[part.rows]), scaling.shift
+    offset = -scaling.rest * scale
+    if cache.spec.renorm is not None:
+        offset += _flat(part.d) if cache.gamma is None else _flat(part.d) * cache.gamma
+    if cache.beta is not None:
+        offset += cache.beta
+    loaded = _Loaded(arithmetic)
+    for panel in panels(view.shape, arithmetic.itemsize):
+        shifts = None if shift is None else panel.spread(shift, arithmetic)
+        scales, offsets = panel.spread(scale, arithmetic), panel.spread(offset, arithmetic)
+        for cut in panel.cuts:
+            x, result = loaded(view[cut]), target[cut]
+            out = result if result.dtype == arithmetic else loaded.like(result)
+            if shifts is not None:
+                x = np.subtract(x, fitted(shifts, x), out=out)
+            np.multiply(x, fitted(scales, x), out=out)
+            np.add(out, fitted(offsets, x), out=out)
+            if out is not result:
+                np.copyto(result, out, casting="unsafe")
+    return True
+
+
+def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) -> PartGradients | None:
+    """Write the part's rows of dx; what these add to the other gradients, or None where that is for the definition.
+
+    With S1 = sum(dy), S2 = sum(dy xhat) and xhat = (x - s) rstd - e, where e = (m - s) rstd:
+    dx = gamma r rstd (dy - p ((S1 - e S2) + (x - s) rstd S2)). x, dy and dx are views of the cache's layout.
+    """
+    scaling, arithmetic = part.scaling, np.dtype(cache.plan.arithmetic)
+    scale = None if scaling is None else _scale(cache, part, scaling)
+    if cache.layout is None or scaling is None or scale is None:
+        return None
+    view, dy, target = joined(x[part.rows]), joined(dy[part.rows]), joined(dx[part.rows])
+    cut = panels(view.shape, arithmetic.itemsize)
+    s1, s2 = _gradient_sums(view, dy, cut, scaling, arithmetic)
+    if not s1.dot(s1) + s2.dot(s2) <= LARGEST_SCALE**2:
+        return None
+    dgamma, dweights = s2 * _flat(part.r) + s1 * _flat(part.d), None
+    if part.proportions is None:
+        _scaled(dy, target, cut, scale, arithmetic)
+        return PartGradients(dgamma, s1, None)
+    at = None if part.weights is None else _positions(part.weights, cache.layout, view, arithmetic)
+    p = part.proportions if part.weights is None else 1.0
+    slope, constant = p * scaling.rstd * s2, p * (s1 - scaling.rest * scaling.rstd * s2)
+    if not _projected(view, dy, target, cut, scaling.shift, slope, constant, scale, at, arithmetic):
+        return None
+    if part.weights is not None and cache.weights_are_real:
+        dweights = _dweights(view, cut, cache, part, scaling, s1, s2, arithmetic)
+        if not np.isfinite(dweights).all():
+            return None
+        dweights = summed(cache.layout.at_positions(dweights), part.weights)
+    return PartGradients(dgamma, s1, dweights)
+
+
+def _gradient_sums(
+    view: NDArray, dy: NDArray, cut: tuple[Panel, ...], scaling: Scaling, arithmetic: np.dtype[Any]
+) -> tuple[NDArray, NDArray]:
+    """sum(dy) and sum(dy xhat)."""
+    load_x, load_dy, sums, products = _Loaded(arithmetic), _Loaded(arithmetic), [], []
+    for panel in cut:
+        shifts = None if scaling.shift is None else panel.spread(scaling.shift, arithmetic)
+        of_dy, of_products = Sum(), Sum()
+        for at in panel.cuts:
+            x, g = load_x(view[at]), load_dy(dy[at])
+            buffer = load_x.like(x)
+            if shifts is not None:
+                x = np.subtract(x, fitted(shifts, x), out=buffer)
+            of_dy.add(g)
+            of_products.add(np.multiply(x, g, out=buffer))
+        sums.append(of_dy.channels())
+        products.append(of_products.channels())
+    s1 = _joined(sums)
+    return s1, (_joined(products) - scaling.rest * s1) * scaling.rstd
+
+
+def _scaled(dy: NDArray, target: NDArray, cut: tuple[Panel, ...], scale: NDArray, arithmetic: np.dtype[Any]) -> None:
+    """dx = scale dy."""
+    load_dy = _Loaded(arithmetic)
+    for panel in cut:
+        scales = panel.spread(scale, arithmetic)
+        for at in panel.cuts:
+            g = load_dy(dy[at])
+            np.multiply(g, fitted(scales, g), out=target[at], casting="unsafe")
+
+
+def _projected(
+    view: NDArray, dy: NDArray, target: NDArray, cut: tuple[Panel, ...], shift: NDArray | None, slope: NDArray,
+    constant: NDArray, scale: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any],
+) -> bool:  # fmt: skip
+    """dx = scale (dy - w (constant + (x - shift) slope)); False where what lies under a mask has spoilt it."""
+    load_x, load_dy = _Loaded(arithmetic), _Loaded(arithmetic)
+    for panel in cut:
+        shifts = None if shift is None else panel.spread(shift, arithmetic)
+        slopes, constants = panel.spread(slope, arithmetic), panel.spread(constant, arithmetic)
+        scales, check = panel.spread(scale, arithmetic), Sum()
+        for at in panel.cuts:
+            x, g = load_x(view[at]), load_dy(dy[at])
+            buffer = load_x.like(x)
+            if shifts is not None:
+                x = np.subtract(x, fitted(shifts, x), out=buffer)
+            np.multiply(x, fitted(slopes, x), out=buffer)
+            if weights is None:
+                np.subtract(g, buffer, out=buffer)
+                np.subtract(buffer, fitted(constants, x), out=buffer)
+            else:
+                np.add(buffer, fitted(constants, x), out=buffer)
+                np.multiply(buffer, weights[_all_channels(at)], out=buffer)
+                check.add(buffer)
+                np.subtract(g, buffer, out=buffer)
+            np.multiply(buffer, fitted(scales, x), out=target[at], casting="unsafe")
+        if weights is not None and not np.isfinite(check.channels()).all():
+            return False
+    return True
+
+
+def _dweights(
+    view: NDArray, cut: tuple[Panel, ...], cache: Cache, part: Part, scaling: Scaling, s1: NDArray, s2: NDArray,
+    arithmetic: np.dtype[Any],
+) -> NDArray:  # fmt: skip
+    """-1/W sum_c gamma r (xhat S1 + (xhat^2 - v/(v+eps))/2 S2) at each position, as a polynomial in x - s."""
+    assert part.weights is not None
+    variance, e = _flat(part.variance), scaling.rest * scaling.rstd
+    factor = -_flat(part.r) / part.weights.total * (np.ones(len(s1)) if cache.gamma is None else cache.gamma)
+    ratio = variance / (variance + cache.spec.epsilon)
+    linear = (factor * scaling.rstd * (s1 - e * s2)).astype(arithmetic)
+    quadratic = (0.5 * factor * scaling.rstd**2 * s2).astype(arithmetic)
+    n, a, _, b = view.shape
+    found = np.full((n, a, 1, b), np.dot(factor, 0.5 * (e * e - ratio) * s2 - e * s1))
+    load_x = _Loaded(arithmetic)
+    for panel in cut:
+        shifts = None if scaling.shift is None else panel.spread(scaling.shift, arithmetic)
+        for at in panel.cuts:
+            x = load_x(view[at])
+            buffer = load_x.like(x)
+            if shifts is not None:
+                x = np.subtract(x, fitted(shifts, x), out=buffer)
+            here = found[_all_channels(at)]
+            here += _over_channels(x, linear[panel.channels])
+            here += _over_channels(np.multiply(x, x, out=buffer), quadratic[panel.channels])
+    return found
+
+
+def _over_channels(block: NDArray, values: NDArray) -> NDArray:
+    """sum_c values_c block_c at each position of the block: (n, a, 1, b)."""
+    n, a, c, b = block.shape
+    if b == 1:
+        return np.dot(block.reshape(-1, c), values).reshape(n, a, 1, 1)
+    return np.matmul(values, block).reshape(n, a, 1, b)
+
+
+def _moments(
+    view: NDArray, cut: tuple[Panel, ...], shift: NDArray | None, weights: NDArray | None, spec: BatchNormSpec,
+    arithmetic: np.dtype[Any],
+) -> tuple[NDArray, NDArray, Scaling] | None:  # fmt: skip
+    """`moments` with this shift."""
+    load, sums, squares = _Loaded(arithmetic), [], []
+    for panel in cut:
+        shifts = None if shift is None else panel.spread(shift, arithmetic)
+        first, second = Sum(), Sum()
+        for at in panel.cuts:
+            x = load(view[at])
+            buffer = load.like(x)
+            if shifts is not None:
+                x = np.subtract(x, fitted(shifts, x), out=buffer)
+            w = None if weights is None else weights[_all_channels(at)]
+            first.add(x, w)
+            second.add(np.multiply(x, x, out=buffer), w)
+        sums.append(first.channels())
+        squares.append(second.channels())
+    p = view.shape[2] / view.size if weights is None else 1.0
+    rest = _joined(sums) * p
+    square = rest * rest
+    variance = _joined(squares) * p - square
+    if not (square <= variance).all() or not variance.dot(variance) <= LARGEST_VARIANCE**2:
+        return None
+    if spec.stats_dtype == "float64" and arithmetic == np.float32 and not (variance >= LEAST_VARIANCE).all():
+        return None  # in float32 the squares of such a channel may have vanished, and float64 averages show that
+    scaling = _scaling(shift, rest, variance, spec.epsilon)
+    return None if scaling is None else (rest if shift is None else shift + rest, variance, scaling)
+
+
+def _scaling(shift: NDArray | None, rest: NDArray, variance: NDArray, epsilon: float) -> Scaling | None:
+    stddev = np.sqrt(variance + epsilon)
+    rstd = 1.0 / stddev
+    if not rstd.dot(rstd) <= 1.0 / LEAST_VARIANCE:
+        return None
+    return Scaling(shift, rest, rstd, wide=not stddev.dot(stddev) <= COMMON_VARIANCE)
+
+
+def _shift(view: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any], *, always: bool) -> NDArray | None:
+    """The mean of some positions of positive weight, (C,); None where 0 would do as well, unless `always`."""
+    n, a, _, b = view.shape
+    held = None if weights is None else np.flatnonzero(weights)
+    count = n * a * b if held is None else len(held)
+    places = np.arange(count) if count <= SAMPLE else (_PLACES * count).astype(np.intp)
+    i, j, k = np.unravel_index(places if held is None else held[places], (n, a, b))
+    sample = view[i, j, :, k].astype(arithmetic)
+    base = sample[0].copy()  # relative to one value, so that a constant channel's mean is that value, to the last bit
+    sample -= base
+    rest = sample.mean(0)
+    mean = base + rest
+    if not always and (2.0 * mean * mean <= np.square(sample).mean(0) - rest * rest).all():
+        return None
+    return mean
+
+
+def _scale(cache: Cache, part: Part, scaling: Scaling) -> NDArray | None:
+    """gamma r rstd; None where float32 may not hold it."""
+    scale = scaling.rstd if cache.gamma is None else scaling.rstd * cache.gamma
+    if cache.spec.renorm is not None:
+        scale = scale * _flat(part.r)
+    if not scale.dot(scale) <= LARGEST_SCALE**2:
+        return None
+    if scaling.wide and (np.abs(scale[scale != 0.0]) < LEAST_SCALE).any():
+        return None
+    return scale
+
+
+def _positions(weights: Weights, layout: Layout, view: NDArray, arithmetic: np.dtype[Any]) -> NDArray:
+    """The weights' proportions at every position of the view, and 1 for its channels."""
+    n, a, _, b = view.shape
+    rows = n * a // layout.shape[1]
+    return layout.positions(weights.proportions, rows, arithmetic).reshape(n, a, 1, b)
+
+
+def _flat(values: NDArray | float) -> NDArray | float:
+    return values.reshape(-1) if isinstance(values, np.ndarray) else values
+
+
+def _joined(of_panels: list[NDArray]) -> NDArray:
+    return of_panels[0] if len(of_panels) == 1 else np.concatenate(of_panels)
+
+
+def _all_channels(at: Cut) -> Cut:
+    return at[0], at[1], ALL, at[3]
+
+
+class _Loaded:
+    """A block in the arithmetic: as it is, or converted into one buffer that every block shares."""
+
+    def __init__(self, arithmetic: np.dtype[Any]) -> None:
+        self._arithmetic = arithmetic
+        self._buffer = np.empty(0, arithmetic)
+
+    def __call__(self, block: NDArray) -> NDArray:
+        if block.dtype == self._arithmetic:
+            return block
+        buffer = self.like(block)
+        np.copyto(buffer, block, casting="unsafe")
+        return buffer
+
+    def like(self, block: NDArray) -> NDArray:
+        """The buffer, in this block's shape."""
+        if self._buffer.size < block.size:
+            self._buffer = np.empty(block.size, self._arithmetic)
+        return self._buffer[: block.size].reshape(block.shape)
