@@ -162,15 +162,15 @@ def _normalized_and_updated(
         variance = _where(some, batch.variance, variance)
         if plan.update:
             state = updated(state, entering(batch, groups, related_weights), spec)
-    scale, offset = 1 / jnp.sqrt(variance + spec.epsilon), jnp.zeros_like(variance)
-    if renorm is not None:
-        scale, offset = scale * renorm[0], renorm[1]
     gamma = 1.0 if state.gamma is None else _per_channel(state.gamma, plan.arithmetic, groups.channel_shape)
     beta = 0.0 if state.beta is None else _per_channel(state.beta, plan.arithmetic, groups.channel_shape)
+    r, d = (1.0, 0.0) if renorm is None else renorm
+    scale = r / jnp.sqrt(variance + spec.epsilon)
     if adjustment is None:
-        y = scaled(x, shift, rest, scale * gamma, offset * gamma + beta, positive, one_pass=one_pass)
+        offset = beta if renorm is None else d * gamma + beta
+        y = scaled(x, shift, rest, scale * gamma, offset, positive, one_pass=one_pass)
     else:
-        y = scaled(x, shift, rest, scale, offset, positive, one_pass=one_pass)
+        y = scaled(x, shift, rest, scale, d, positive, one_pass=one_pass)
         y = (y * adjustment[0] + adjustment[1]) * gamma + beta
     return groups.join(y), state
 

@@ -55,7 +55,8 @@ def moments(
             where none does, shift is 0. False: always centered.
     """
     dominant = dominance(float(counts.min())) if one_pass else None
-    return _moments(reduced, dominant, x, counts, proportions, positive)
+    found: Triple = _moments(reduced, dominant, x, counts, proportions, positive)
+    return found
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -135,7 +136,7 @@ def scaled(
     shift: jax.Array,
     rest: jax.Array,
     scale: jax.Array,
-    offset: jax.Array,
+    offset: jax.Array | float,
     positive: jax.Array | None,
     *,
     one_pass: bool,
@@ -152,7 +153,7 @@ def scaled(
         one_pass: the gradient of `scale` is sum(dy x) - m sum(dy), in place of sum(dy (x - m)). Under a large mean it
             is then that of an x moved by its own rounding, as good as x is.
     """
-    return _scaled(one_pass, x, shift, rest, scale, offset, positive)
+    return _scaled(one_pass, x, shift, rest, scale, jnp.broadcast_to(offset, scale.shape).astype(x.dtype), positive)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
