@@ -112,6 +112,13 @@ def examples(session: nox.Session) -> None:
     run_all(session, [(ENVIRONMENT, ["python", str(path)]) for path in scripts])
 
 
+@nox.session
+def bench(session: nox.Session) -> None:
+    """How fast everything is against what it replaces, on an idle machine; arguments go to `python -m benchmarks`."""
+    install(session, ".", *nox.project.dependency_groups(PYPROJECT, "frameworks", "examples"))
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
 def install_everything(session: nox.Session) -> None:
     """The project as it lies here, every framework, and every tool."""
     install(session, "-e", ".", *nox.project.dependency_groups(PYPROJECT, *GROUPS))

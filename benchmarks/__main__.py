@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ from .machine import machine
 from .memory import ENVIRONMENT
 from .table import show
 
-Rows = dict[str, dict[str, Any]]  # by the case's name
+Rows = dict[str, dict[str, Any]]  # by the suite's and the case's name
 _ROOT: Final = Path(__file__).parents[1]
 
 
@@ -59,10 +58,9 @@ def main(
     Exit codes: 0 every bar is reached; 1 one is not, or results differ; 2 usage; 3 what was asked for cannot run here.
     """
     names = _runnable(only, device)
-    cases = {name: [case.name for case in SUITES[name].cases(device)] for name in names}
-    cases = {name: [case for case in found if fnmatchcase(case, match)] for name, found in cases.items()}
+    cases = {name: [row["name"] for row in _measured("list", name, device, match, rounds)] for name in names}
     if listed:
-        click.echo("\n".join(case for found in cases.values() for case in found))
+        click.echo("\n".join(f"{name}: {case}" for name, found in cases.items() for case in found))
         return
     rows: Rows = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -71,7 +69,7 @@ def main(
         for name, found in cases.items():
             for task in tasks if found else ():
                 for row in _measured(task, name, device, match, rounds):
-                    rows.setdefault(row["name"], {}).update(row)
+                    rows.setdefault(f"{name}/{row['name']}", {"suite": name}).update(row)
                     progress.update(bar, description=row["name"], advance=1)
     show(list(rows.values()))
     if path is not None:
@@ -89,17 +87,13 @@ def _runnable(only: tuple[str, ...], device: str) -> list[str]:
     """The suites to run; what was asked for by name has to be there."""
     names = []
     for name in only or SUITES:
-        suite = SUITES[name]
-        if suite.missing:
-            why = f"{', '.join(suite.missing)} is not installed"
-        elif device != "cpu" and device not in suite.devices:
-            why = f"it has no cases on {device}"
-        else:
+        why = SUITES[name].absence(device)
+        if why is None:
             names.append(name)
-            continue
-        if name in only:
+        elif only:
             _refuse(f"{name}: {why}.")
-        click.echo(f"{name}: left out, {why}", err=True)
+        else:
+            click.echo(f"{name}: left out, {why}", err=True)
     return names
 
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Final
 
 from .cases import Case, Job
+from .devices import absence
 
 
 @dataclass(frozen=True)
@@ -17,33 +18,33 @@ class Suite:
 
     Attributes:
         module: of this package, whose `cases` gives them.
-        needs: the packages that must be installed.
-        devices: that it takes beside the CPU.
+        needs: the packages that must be installed; the last is the framework that computes.
         environment: variables of its process.
     """
 
     module: str
     needs: tuple[str, ...]
-    devices: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def missing(self) -> list[str]:
-        """What is not installed of what it needs."""
-        return [name for name in self.needs if find_spec(name) is None]
+    def absence(self, device: str) -> str | None:
+        """Why it cannot run here, or None."""
+        missing = [name for name in self.needs if find_spec(name) is None]
+        if missing:
+            return f"{', '.join(missing)} is not installed"
+        return absence(self.needs[-1] if self.needs else "the core", device)
 
     def cases(self, device: str) -> Iterator[Case | Job]:
-        """All of its cases, on a device that it takes."""
+        """All of its cases, on a device that is there."""
         module = import_module(f".{self.module}", __package__)
-        yield from module.cases(device) if self.devices else module.cases()
+        yield from module.cases() if device == "cpu" else module.cases(device)
 
 
 SUITES: Final = {
     "core": Suite("on_core", ()),
-    "numpy": Suite("on_numpy", ()),
-    "torch": Suite("on_torch", ("torch",), ("cuda",)),
-    "tensorflow": Suite("on_tensorflow", ("tensorflow", "keras"), environment={"KERAS_BACKEND": "tensorflow"}),
-    "jax": Suite("on_jax", ("jax", "flax"), ("cuda",)),
-    "keras-jax": Suite("on_keras", ("keras", "jax"), ("cuda",), {"KERAS_BACKEND": "jax"}),
-    "keras-torch": Suite("on_keras", ("keras", "torch"), ("cuda",), {"KERAS_BACKEND": "torch"}),
+    "numpy": Suite("on_numpy", ("numpy",)),
+    "torch": Suite("on_torch", ("torch",)),
+    "tensorflow": Suite("on_tensorflow", ("keras", "tensorflow"), {"KERAS_BACKEND": "tensorflow"}),
+    "jax": Suite("on_jax", ("flax", "jax")),
+    "keras-jax": Suite("on_keras", ("keras", "jax"), {"KERAS_BACKEND": "jax"}),
+    "keras-torch": Suite("on_keras", ("keras", "torch"), {"KERAS_BACKEND": "torch"}),
 }

@@ -78,6 +78,7 @@ class Job:
         ours, against: run each once; against None the figure is in seconds.
         bar: the ratio, or the seconds, to reach.
         rounds: how often it is timed at the most.
+        settle: runs before each measurement, untimed.
         memory: the bytes that ours takes at the most, measured apart.
         memory_bar: what that may be.
     """
@@ -88,6 +89,7 @@ class Job:
     against: Callable[[], object] | None
     bar: float
     rounds: int = 15
+    settle: Callable[[], object] | None = None
     memory: Callable[[], int] | None = None
     memory_bar: int | None = None
 

@@ -20,26 +20,28 @@ from .cases import Job
 
 _READ: Final = 100_000_000  # bytes of the file that is inspected
 _REWRITTEN: Final = 500_000_000
-_REWRITE: Final = "import sys; from bnlayer import checkpoint as c; c.save(c.open(sys.argv[1]), sys.argv[2], force=True)"
+_REWRITE: Final = (
+    "import sys; from bnlayer import checkpoint as c; c.save(c.open(sys.argv[1]), sys.argv[2], force=True)"
+)
+_CHANNELS: Final = 256  # of every layer
 _LAYERS: Final = 1000
 _FEWER: Final = 250
 
 
-def cases() -> Iterator[Job]:
+def cases(device: str = "cpu") -> Iterator[Job]:
     """Starting, inspecting, rewriting, matching, and the whole of NumPy's conformance."""
     numpy = partial(_run, "-c", "import numpy")
     yield Job("import bnlayer", "import numpy", partial(_run, "-c", "import bnlayer"), numpy, 1.5)
     yield Job("bnlayer --help", "import numpy", partial(_bnlayer, "--help"), numpy, 2.0)
     if find_spec("torch") is not None:
         for suffix in (".safetensors", ".pt"):
-            yield Job(
-                f"bnlayer inspect, 100 MB {suffix}", "import torch", lambda s=suffix: _inspect(_file(_READ, s)),
-                partial(_run, "-c", "import torch"), 0.2, rounds=11,
-            )  # fmt: skip
+            yield Job(f"bnlayer inspect, 100 MB {suffix}", "import torch", partial(_inspect, suffix),
+                      partial(_run, "-c", "import torch"), 0.2, rounds=11)  # fmt: skip
     for suffix in (".safetensors", ".pt"):
+        # What a copy has not yet written to the disk, a flush of another file would have to wait for.
         yield Job(
-            f"rewrite 500 MB {suffix}", "copy of the file", lambda s=suffix: _rewrite(s), lambda s=suffix: _copy(s), 3.0,
-            rounds=11, memory=lambda s=suffix: _rewrite(s), memory_bar=200_000_000,
+            f"rewrite 500 MB {suffix}", "shutil.copyfile", partial(_rewrite, suffix), partial(_copy, suffix), 3.0,
+            settle=os.sync, memory=partial(_memory_of_rewriting, suffix), memory_bar=200_000_000,
         )  # fmt: skip
     yield Job(f"match {_LAYERS} layers", "one second", partial(_match, _LAYERS), None, 1.0)
     yield Job(
@@ -52,7 +54,7 @@ def cases() -> Iterator[Job]:
 
 def _run(*arguments: str) -> int:
     """Run Python; the peak of its memory, in bytes."""
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -64,26 +66,26 @@ def _bnlayer(*arguments: str) -> int:
     return _run("-c", "from bnlayer.cli import main; main()", *arguments)
 
 
-def _inspect(path: Path) -> None:
-    _bnlayer("inspect", str(path))
+def _inspect(suffix: str) -> None:
+    _bnlayer("inspect", str(_file(_READ, suffix)))
 
 
-def _rewrite(suffix: str) -> int:
+def _rewrite(suffix: str) -> None:
+    from bnlayer import checkpoint
+
+    source = _file(_REWRITTEN, suffix)
+    checkpoint.save(checkpoint.open(source), source.with_name(f"rewritten{suffix}"), force=True)
+
+
+def _memory_of_rewriting(suffix: str) -> int:
+    """In a process of its own, with Python and all that it imports."""
     source = _file(_REWRITTEN, suffix)
     return _run("-c", _REWRITE, str(source), str(source.with_name(f"rewritten{suffix}")))
 
 
 def _copy(suffix: str) -> None:
-    """A copy by a Python of its own, whose start is no part of what is compared, and which reads and writes bytes.
-
-    `shutil.copyfile` has the kernel copy, or share, the file; a program that rewrites a file cannot.
-    """
     source = _file(_REWRITTEN, suffix)
-    target = source.with_name(f"copied{suffix}")
-    with source.open("rb") as reading, target.open("wb") as writing:
-        shutil.copyfileobj(reading, writing, 1 << 20)
-        writing.flush()
-        os.fsync(writing.fileno())  # as a rewritten one is, before it takes its place
+    shutil.copyfile(source, source.with_name(f"copied{suffix}"))
 
 
 @cache
@@ -93,31 +95,29 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 @cache
 def _file(size: int, suffix: str) -> Path:
-    """A checkpoint of about this many bytes, of blocks of a convolution and a batch norm."""
-    from bnlayer.checkpoint import Checkpoint, Tensor
+    """A checkpoint of about this many bytes."""
+    from bnlayer.checkpoint import Checkpoint
 
     path = Path(_folder().name, f"{size}{suffix}")
-    weight = np.random.default_rng(0).standard_normal((256, 256, 3, 3), dtype=np.float32)
-    blocks = size // weight.nbytes
+    blocks = size // (_CHANNELS * _CHANNELS * 9 * 4)
     tensors = _tensors(f"blocks.{i}." for i in range(blocks))
-    tensors |= {f"blocks.{i}.conv.weight": Tensor.of(weight) for i in range(blocks)}
     Checkpoint("torch", tensors, order_is_meaningful=True).save(path)
     return path
 
 
 def _tensors(prefixes: Iterable[str]) -> dict[str, Any]:
-    """Convolutions and batch norms of these names, of 256 channels, that a model has that never trained."""
+    """A convolution and a trained batch norm under each of these names."""
     from bnlayer.checkpoint import Tensor
 
-    def full(shape: tuple[int, ...], value: float, dtype: str = "float32") -> Tensor:
-        return Tensor(np.dtype(dtype), shape, lambda: np.full(shape, value, dtype))
-
+    rng = np.random.default_rng(0)
+    weight = Tensor.of(rng.standard_normal((_CHANNELS, _CHANNELS, 3, 3), dtype=np.float32))
+    arrays = {name: Tensor.of(rng.uniform(0.5, 1.5, _CHANNELS).astype(np.float32))
+              for name in ("weight", "bias", "running_mean", "running_var")}  # fmt: skip
+    arrays["num_batches_tracked"] = Tensor.of(np.array(1000))
     found = {}
     for prefix in prefixes:
-        found[f"{prefix}conv.weight"] = full((256, 256, 3, 3), 0)
-        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
-            found[f"{prefix}bn.{name}"] = full((256,), value)
-        found[f"{prefix}bn.num_batches_tracked"] = full((), 1, "int64")
+        found[f"{prefix}conv.weight"] = weight
+        found |= {f"{prefix}bn.{name}": array for name, array in arrays.items()}
     return found
 
 

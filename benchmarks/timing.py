@@ -29,12 +29,15 @@ class Ratio:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def measured(calls: Mapping[str, Callable[[], object]], rounds: int, seed: int = 0) -> dict[str, list[float]]:
+def measured(
+    calls: Mapping[str, Callable[[], object]], rounds: int, *, settle: Callable[[], object] | None = None, seed: int = 0
+) -> dict[str, list[float]]:
     """Seconds per call, one for each round.
 
     Args:
         calls: what to time; each ends when its result is there.
         rounds: every round times every call once, in a random order.
+        settle: runs before each measurement, untimed, so that no call pays for what another left.
         seed: of the order.
     """
     repeats = {}
@@ -50,6 +53,8 @@ def measured(calls: Mapping[str, Callable[[], object]], rounds: int, seed: int =
         chance.shuffle(order)
         for name in order:
             call, count = calls[name], repeats[name]
+            if settle is not None:
+                settle()
             start = time.perf_counter()
             for _ in range(count):
                 call()

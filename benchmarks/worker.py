@@ -1,5 +1,6 @@
 """One process of a benchmark: checks and times the cases of one suite, and prints a JSON line for each.
 
+    python -m benchmarks.worker list NAME DEVICE GLOB ROUNDS
     python -m benchmarks.worker time NAME DEVICE GLOB ROUNDS
     python -m benchmarks.worker memory NAME DEVICE GLOB ROUNDS
 
@@ -30,7 +31,9 @@ class Differs(Exception):
 def rows(task: str, cases: Iterator[Case | Job], rounds: int) -> Iterator[dict[str, Any]]:
     """A row for each case: what it is, and its figures."""
     for case in cases:
-        if isinstance(case, Job):
+        if task == "list":
+            yield {"name": case.name}
+        elif isinstance(case, Job):
             yield _memory_of_job(case) if task == "memory" else _time_of_job(case, rounds)
         else:
             pair = case.make()
@@ -74,7 +77,7 @@ def _memory(case: Case, pair: Pair) -> dict[str, Any]:
 
 def _time_of_job(job: Job, rounds: int) -> dict[str, Any]:
     calls = {"ours": job.ours} if job.against is None else {"ours": job.ours, "peer": job.against}
-    seconds = measured(calls, min(rounds, job.rounds))
+    seconds = measured(calls, min(rounds, job.rounds), settle=job.settle)
     found = ratio(seconds["ours"], seconds.get("peer", [1.0] * len(seconds["ours"])))
     return {
         "name": job.name, "backend": "core", "peer": job.peer, "mode": None, "layout": job.what, "shape": [],

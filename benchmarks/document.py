@@ -1,0 +1,107 @@
+"""Writes the figures of several runs into a page of the documentation: `python -m benchmarks.document --help`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from .cases import MODES, length
+
+_BEGIN: Final = "<!-- figures: written by python -m benchmarks.document -->"
+_END: Final = "<!-- /figures -->"
+_MARKS: Final = {True: "✓", False: "**missed**"}
+Row = dict[str, Any]
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--write", "page", required=True, type=click.Path(exists=True, path_type=Path), help="The page.")
+def main(runs: tuple[Path, ...], page: Path) -> None:
+    """Put the figures of RUNS (JSON files of `python -m benchmarks --json`) between the page's two marks.
+
+    A cell has each run's median ratio, then the bar, and whether every run reached it.
+    """
+    documents = [json.loads(run.read_text("utf-8")) for run in runs]
+    found: dict[str, list[Row]] = {}
+    for document in documents:
+        for row in document["rows"]:
+            found.setdefault(f"{row['suite']}/{row['name']}", []).append(row)
+    incomplete = [name for name, rows in found.items() if len(rows) != len(runs) or any("failed" in r for r in rows)]
+    if incomplete:
+        raise click.ClickException(f"not in every run, or failed: {', '.join(incomplete)}")
+    text = page.read_text("utf-8")
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise click.ClickException(f"{page} has no {_BEGIN} and {_END}")
+    figures = "\n".join(_figures(found, documents[0]["machine"]))
+    page.write_text(f"{before}{_BEGIN}\n\n{figures}\n{_END}{after}", "utf-8")
+
+
+def _figures(found: dict[str, list[Row]], machine: dict[str, str]) -> Iterable[str]:
+    yield "Measured with " + ", ".join(f"{name} {value}" for name, value in machine.items()) + "."
+    yield ""
+    core = [rows for rows in found.values() if rows[0]["backend"] == "core"]
+    if core:
+        yield from _table(("the core", "against", "runs"), (_job(rows) for rows in core))
+    layers = [rows for rows in found.values() if rows[0]["backend"] != "core"]
+    for suite in dict.fromkeys(rows[0]["suite"] for rows in layers):
+        of_suite = [rows for rows in layers if rows[0]["suite"] == suite]
+        for peer in dict.fromkeys(rows[0]["peer"] for rows in of_suite):
+            lines: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+            for rows in of_suite:
+                if rows[0]["peer"] == peer:
+                    key = rows[0]["layout"], length(rows[0]["shape"]), rows[0]["dtype"]
+                    lines.setdefault(key, {})[rows[0]["mode"]] = rows
+            heads = (f"{suite} against {peer}", "eval", "train", "train and gradient", "copies", "memory")
+            yield from _table(heads, (_call(key, modes) for key, modes in lines.items()))
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterable[str]:
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + " --- |" * len(heads)
+    for line in lines:
+        yield "| " + " | ".join(line) + " |"
+    yield ""
+
+
+def _call(key: tuple[str, ...], modes: dict[str, list[Row]]) -> list[str]:
+    layout, shape, dtype = key
+    name = f"{layout} {shape}" + ("" if dtype == "float32" else f" {dtype}")
+    there = [modes.get(mode) for mode in MODES]
+    extras = [
+        " / ".join(_number(rows, what, digits) for rows in there) for what, digits in (("copies", 1), ("memory", 2))
+    ]
+    return [name, *("" if rows is None else _cell(rows) for rows in there), *extras]
+
+
+def _number(rows: list[Row] | None, what: str, digits: int) -> str:
+    values = [] if rows is None else [row[what] for row in rows if row.get(what) is not None]
+    return f"{min(values):.{digits}f}" if values else "–"
+
+
+def _cell(rows: list[Row]) -> str:
+    runs = " ".join(f"{row['ratio']:.2f}" for row in rows)
+    if rows[0]["bar"] is None:
+        return runs
+    return f"{runs} ≤ {rows[0]['bar']:.2f} {_MARKS[all(row['reached'] for row in rows)]}"
+
+
+def _job(rows: list[Row]) -> list[str]:
+    cell = _cell(rows)
+    if rows[0].get("megabytes") is not None:
+        most = max(row["megabytes"] for row in rows)
+        cell += f"; at most {most:.0f} MB" + (
+            f" ≤ {rows[0]['memory_bar']:.0f} {_MARKS[all(row['fits'] for row in rows)]}"
+            if "memory_bar" in rows[0]
+            else ""
+        )
+    return [rows[0]["layout"], rows[0]["peer"], cell]
+
+
+if __name__ == "__main__":
+    main()
