@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -35,6 +36,7 @@ class Suite:
 
     def cases(self, device: str) -> Iterator[Case | Job]:
         """All of its cases, on a device that is there."""
+        os.environ.update(self.environment)  # what the module asks to tell its suite
         module = import_module(f".{self.module}", __package__)
         yield from module.cases() if device == "cpu" else module.cases(device)
 

@@ -39,7 +39,7 @@ def _pair(runtime: str, device: str, mode: Mode, shape: Shape) -> Pair:
 
 
 def _on_jax(layers: list[Any], device: str, mode: Mode, shape: Shape) -> Pair:
-    from .on_jax import Repeated, flat, on
+    from .on_jax import Repeated, flat
 
     ours, peer = (Repeated(*_stateless(layer, device, mode, shape)) for layer in layers)
 
