@@ -37,7 +37,7 @@ _MANY_ROWS: Final = 1 << 15
 # Below it a variance could matter whose squares vanish in float32.
 _LEAST_EPSILON: Final = 1e-12
 
-Batch = tuple[Tensor, Tensor]  # mean and unbiased variance, (C,) each, without gradient
+Batch = tuple[Tensor, Tensor]  # mean and biased variance, (C,) each, without gradient
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,17 @@ def from_batch(
         way: for this x.
     """
     gamma = _paired(gamma, beta)
-    if way.order is not None:
-        if way.path == "checked":
-            found = _checked(x, gamma, beta, epsilon, way.order)
-        else:
-            found = _measured(x, gamma, beta, epsilon, count, way.order)
+    if way.path == "checked":
+        assert way.order is not None
+        mean = torch.zeros(way.order.merged[1], dtype=x.dtype)
+        unbiased = torch.zeros_like(mean)
+        found = checked(x, gamma, beta, (mean, unbiased), 1.0, epsilon, way.order)
         if found is not None:
-            return found
+            return found, (mean, unbiased * ((count - 1) / count))
+    elif way.order is not None:
+        batch = measured(x, way.order, count)
+        if batch is not None:
+            return by_known(x, gamma, beta, *batch, epsilon, way.order), batch
     shift = None
     if sums_drift(x, axis, count):
         shift = x.detach().mean([i for i in range(x.dim()) if i != axis], keepdim=True)
@@ -103,28 +107,32 @@ def from_batch(
         return torch.batch_norm(x, gamma, beta, mean, unbiased, True, 1.0, epsilon, torch.backends.cudnn.enabled)
 
     y = _on_axis_1(kernel, x, axis)
-    return y, (mean if shift is None else mean + shift.reshape(-1), unbiased)
+    return y, (mean if shift is None else mean + shift.reshape(-1), unbiased * ((count - 1) / count))
 
 
-def _measured(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, epsilon: float, count: int, order: Order
-) -> tuple[Tensor, Batch] | None:
-    batch = measured(x, order, count)
-    if batch is None:
-        return None
-    return by_known(x, gamma, beta, batch.mean, batch.variance, epsilon, order), (batch.mean, batch.unbiased)
+def checked(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running: tuple[Tensor, Tensor],
+    momentum: float,
+    epsilon: float,
+    order: Order,
+) -> Tensor | None:
+    """y by the kernel, which also moves the running mean and variance; None where its statistics are not good enough.
 
-
-def _checked(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, epsilon: float, order: Order
-) -> tuple[Tensor, Batch] | None:
-    mean = torch.zeros(order.merged[1], dtype=x.dtype)
-    unbiased = torch.zeros_like(mean)
-    y = torch.batch_norm(order.merge(x), gamma, beta, mean, unbiased, True, 1.0, epsilon, False)
-    # Written so that what is not a number is no pass.
-    if not mean.square().sub_(unbiased, alpha=_RATIO_CHECKED).amax().item() <= 0:
-        return None
-    return order.split(y, x.shape), (mean, unbiased)
+    Then the two are as they were.
+    """
+    before = [tensor.clone() for tensor in running]
+    y, mean, rstd = torch.native_batch_norm(order.merge(x), gamma, beta, *running, True, momentum, epsilon)
+    # m^2 <= T v is (m^2 + T epsilon)/(v + epsilon) <= T, up to its roundings. Written so that what is not a number is
+    # no pass.
+    most = _RATIO_CHECKED * (1.0 + 16 * torch.finfo(x.dtype).eps)
+    if mean.square().add_(_RATIO_CHECKED * epsilon).mul_(rstd).mul_(rstd).amax().item() <= most:
+        return order.split(y, x.shape)
+    for tensor, was in zip(running, before, strict=True):
+        tensor.copy_(was)
+    return None
 
 
 def from_moving(

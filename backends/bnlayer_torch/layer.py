@@ -24,7 +24,7 @@ from bnlayer.state import BatchNormState, array_names
 
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
-from .fused import NATIVE, from_batch, is_ambiguous, loses_gradients, sums_drift, way_of
+from .fused import NATIVE, Way, checked, from_batch, is_ambiguous, loses_gradients, sums_drift, way_of
 from .surroundings import around, write
 from .synchronized import GroupReference
 from .tensors import EXTRA_BUFFERS, tensors_of
@@ -360,14 +360,12 @@ class Module(TorchBatchNorm):
             what = around()
             plain = what in ("nothing", "recomputation")
             way = way_of(x, 1, count, eps) if plain else NATIVE
-            if what == "transform" or (way is NATIVE and sums_drift(x, 1, count)):
+            if what == "transform" or (way.path == "native" and sums_drift(x, 1, count)):
                 return None
-            if way is not NATIVE:
-                y, (batch_mean, unbiased) = from_batch(x, weight, bias, eps, 1, count, way)
+            if way.path != "native":
+                y = self._by_way(x, weight, bias, mean, variance, momentum if what == "nothing" else None, count, way)
                 if what == "nothing":
                     counter.add_(1)
-                    mean.mul_(1.0 - momentum).add_(batch_mean, alpha=momentum)
-                    variance.mul_(1.0 - momentum).add_(unbiased, alpha=momentum)
                 return y
             if what == "recomputation":
                 mean, variance = mean.clone(), variance.clone()  # the update goes nowhere
@@ -389,6 +387,31 @@ class Module(TorchBatchNorm):
         return torch.batch_norm(
             x, weight, bias, mean, variance, training, factor, eps, torch.backends.cudnn.enabled
         )  # fmt: skip
+
+    def _by_way(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        momentum: float | None,
+        count: int,
+        way: Way,
+    ) -> Tensor:
+        """y, and the running statistics moved in place unless `momentum` is None; arguments as `_fused` found them."""
+        eps: float = self.__dict__["eps"]
+        if way.path == "checked" and momentum is not None:
+            assert way.order is not None
+            y = checked(x, weight, bias, (mean.data, variance.data), momentum, eps, way.order)
+            if y is not None:
+                return y
+            way = NATIVE
+        y, (batch_mean, batch_variance) = from_batch(x, weight, bias, eps, 1, count, way)
+        if momentum is not None:
+            mean.mul_(1.0 - momentum).add_(batch_mean, alpha=momentum)
+            variance.mul_(1.0 - momentum).add_(batch_variance, alpha=momentum * (count / (count - 1)))
+        return y
 
     def _state(self, spec: BatchNormSpec, *, copied: bool = False) -> BatchNormState[Tensor]:
         """The module's tensors as a state; with `copied`, statistics that later calls do not change in place."""

@@ -139,8 +139,8 @@ def _fused(
     assert plan.count is not None
     plain = around() in ("nothing", "recomputation")
     way = fused.way_of(x, plan.axis, plan.count, spec.epsilon) if plain else fused.NATIVE
-    y, (mean, unbiased) = fused.from_batch(x, gamma, beta, spec.epsilon, plan.axis, plan.count, way)
-    return y, Moments(mean, unbiased * ((plan.count - 1) / plan.count), unbiased)
+    y, (mean, variance) = fused.from_batch(x, gamma, beta, spec.epsilon, plan.axis, plan.count, way)
+    return y, Moments(mean, variance, variance * (plan.count / (plan.count - 1)))
 
 
 def by_statistics(
