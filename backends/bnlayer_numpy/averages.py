@@ -40,7 +40,7 @@ def updated(
         after["moving_variance"] = np.maximum(np.square(after["moving_stddev"]) - spec.epsilon, 0.0)
     else:
         # The share of an average from 0 that is data: 1 - decay**t, which that form would round to few digits.
-        started = -math.expm1(t * math.log(decay)) if decay > 0 else 1.0
+        started = -math.expm1(t * math.log(decay)) if decay > 0 and spec.zero_debias != "none" else 1.0
         if spec.zero_debias == "none":
             after["moving_mean"] = average(state.moving_mean, mean)
         else:
@@ -51,18 +51,16 @@ def updated(
             after["moving_variance"] = after["hidden_variance"] / started
         else:
             after["moving_variance"] = average(state.moving_variance, entering)
-    kept = _kept(batch, spec, plan)
-    rounded = {
-        name: np.where(kept, getattr(state, name), values.astype(array_dtype(spec, name)))
-        for name, values in after.items()
-    }
-    return state.replace(**rounded, num_updates=t)
+    rounded = {name: values.astype(array_dtype(spec, name)) for name, values in after.items()}
+    if spec.nonfinite == "keep":
+        kept = _not_finite(batch, plan)
+        rounded = {name: np.where(kept, getattr(state, name), values) for name, values in rounded.items()}
+    # Not `replace`, whose checks take a small batch as long as ten of these operations.
+    return BatchNormState(**{**vars(state), **rounded, "num_updates": t})
 
 
-def _kept(batch: Moments, spec: BatchNormSpec, plan: CallPlan) -> NDArray:
-    """The channels whose averages stay because their batch statistics are not finite."""
-    if spec.nonfinite != "keep":
-        return np.zeros(spec.num_features, bool)
+def _not_finite(batch: Moments, plan: CallPlan) -> NDArray:
+    """The channels whose batch statistics are not finite."""
     # Finite in the arithmetic that the spec prescribes, not in the wider one that the sums run in.
     m, v = batch.mean.astype(plan.arithmetic), batch.variance.astype(plan.arithmetic)
     return np.asarray(~(np.isfinite(m) & np.isfinite(v)).reshape(-1))

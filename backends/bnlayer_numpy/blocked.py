@@ -7,10 +7,10 @@ conformance suite) and s the shift:
 * Sums of k numbers within a block are off by about sqrt(k) u/3 of their root mean square times k, as rounding errors
   grow like a random walk; blocks' errors are independent, and the additions across them are exact to float64.
 * v = mean((x-s)^2) - (m-s)^2 is off by that, relative to mean((x-s)^2) = v + (m-s)^2. A result is trusted only where
-  (m-s)^2 <= v, which makes it at most twice the error of a sum of squares: always within K u v. Zero is tried first, as
-  it costs nothing; then a sample's mean.
-* y = (x-s) scale + offset, with offset = beta - (m-s) scale from float64, is off by u |gamma| (|xhat| + 2 |m-s|/sd), and
-  |m-s| <= sd, or 4 sd where moving statistics normalize.
+  (m-s)^2 <= 4 v, which makes it at most five times the error of a sum of 32 squares: 9 u v, within K u v. Zero is tried
+  first, as it costs nothing; then a sample's mean.
+* y = (x-s) scale + offset, with offset = beta - (m-s) scale from float64, is off by u |gamma| (|xhat| + 2 |m-s|/sd),
+  and |m-s| <= 2 sd, or 4 sd where moving statistics normalize.
 
 Trusted numbers lie where neither squares nor scales can leave the range of float32; `moments`, `scaling_of`,
 `normalize` and `gradients` say so by None or False where they do not, and the definition takes over.
@@ -18,7 +18,6 @@ Trusted numbers lie where neither squares nor scales can leave the range of floa
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -39,6 +38,7 @@ LARGEST_SCALE: Final = 2.0**60
 # Below, what is lost, 2**-150 |x - m|, stays below 2**-126, the smallest normal number: |x - m| < 256 sd < 2**24.
 COMMON_VARIANCE: Final = 2.0**32
 LEAST_SCALE: Final = 2.0**-100
+SQUARES: Final = 4.0  # variances that the square of a mean may be, relative to the shift
 FARTHEST: Final = 4.0  # deviations from a moving mean to 0 within which x needs no shift
 SAMPLE: Final = 32
 # Where in the batch the sample's positions lie: one in each 32nd, at places that no period of the data follows.
@@ -75,7 +75,7 @@ def scaling_of(mean: NDArray, variance: NDArray, epsilon: float, arithmetic: str
     if far.dot(far) <= FARTHEST**2 or np.abs(far).max() <= FARTHEST:
         return found
     shift = mean.astype(arithmetic)
-    return replace(found, shift=shift, rest=mean - shift) if np.isfinite(shift).all() else None
+    return found._replace(shift=shift, rest=mean - shift) if np.isfinite(shift).all() else None
 
 
 def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
@@ -145,7 +145,7 @@ def _gradient_sums(
     load_x, load_dy, sums, products = _Loaded(arithmetic), _Loaded(arithmetic), [], []
     for panel in cut:
         shifts = None if scaling.shift is None else panel.spread(scaling.shift, arithmetic)
-        of_dy, of_products = Sum(), Sum()
+        of_dy, of_products = Sum(panel, arithmetic), Sum(panel, arithmetic)
         for at in panel.cuts:
             x, g = load_x(view[at]), load_dy(dy[at])
             buffer = load_x.like(x)
@@ -178,7 +178,7 @@ def _projected(
     for panel in cut:
         shifts = None if shift is None else panel.spread(shift, arithmetic)
         slopes, constants = panel.spread(slope, arithmetic), panel.spread(constant, arithmetic)
-        scales, check = panel.spread(scale, arithmetic), Sum()
+        scales, check = panel.spread(scale, arithmetic), Sum(panel, arithmetic)
         for at in panel.cuts:
             x, g = load_x(view[at]), load_dy(dy[at])
             buffer = load_x.like(x)
@@ -242,22 +242,26 @@ def _moments(
     load, sums, squares = _Loaded(arithmetic), [], []
     for panel in cut:
         shifts = None if shift is None else panel.spread(shift, arithmetic)
-        first, second = Sum(), Sum()
+        first, second = Sum(panel, arithmetic), Sum(panel, arithmetic)
         for at in panel.cuts:
             x = load(view[at])
             buffer = load.like(x)
             if shifts is not None:
                 x = np.subtract(x, fitted(shifts, x), out=buffer)
-            w = None if weights is None else weights[_all_channels(at)]
-            first.add(x, w)
-            second.add(np.multiply(x, x, out=buffer), w)
+            if weights is None:
+                first.add(x)
+                second.add(np.multiply(x, x, out=buffer))
+            else:
+                w = weights[_all_channels(at)]
+                first.add_weighted(x, w)
+                second.add_weighted(np.multiply(x, x, out=buffer), w)
         sums.append(first.channels())
         squares.append(second.channels())
     p = view.shape[2] / view.size if weights is None else 1.0
     rest = _joined(sums) * p
     square = rest * rest
     variance = _joined(squares) * p - square
-    if not (square <= variance).all() or not variance.dot(variance) <= LARGEST_VARIANCE**2:
+    if not (square <= SQUARES * variance).all() or not variance.dot(variance) <= LARGEST_VARIANCE**2:
         return None
     if spec.stats_dtype == "float64" and arithmetic == np.float32 and not (variance >= LEAST_VARIANCE).all():
         return None  # in float32 the squares of such a channel may have vanished, and float64 averages show that
@@ -285,7 +289,7 @@ def _shift(view: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any], *,
     sample -= base
     rest = sample.mean(0)
     mean = base + rest
-    if not always and (2.0 * mean * mean <= np.square(sample).mean(0) - rest * rest).all():
+    if not always and (mean * mean <= 0.5 * SQUARES * (np.square(sample).mean(0) - rest * rest)).all():
         return None
     return mean
 
@@ -326,7 +330,7 @@ class _Loaded:
 
     def __init__(self, arithmetic: np.dtype[Any]) -> None:
         self._arithmetic = arithmetic
-        self._buffer = np.empty(0, arithmetic)
+        self._buffer: NDArray | None = None
 
     def __call__(self, block: NDArray) -> NDArray:
         if block.dtype == self._arithmetic:
@@ -336,7 +340,9 @@ class _Loaded:
         return buffer
 
     def like(self, block: NDArray) -> NDArray:
-        """The buffer, in this block's shape."""
-        if self._buffer.size < block.size:
-            self._buffer = np.empty(block.size, self._arithmetic)
-        return self._buffer[: block.size].reshape(block.shape)
+        """The buffer, in this block's shape; the first block is the largest."""
+        if self._buffer is None:
+            self._buffer = np.empty(block.shape, self._arithmetic)
+        if self._buffer.shape == block.shape:
+            return self._buffer
+        return self._buffer.reshape(-1)[: block.size].reshape(block.shape)

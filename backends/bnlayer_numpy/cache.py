@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from .weights import Weights, is_real
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True, eq=False)
-class Scaling:
+class Scaling(NamedTuple):
     """xhat = ((x - shift) - rest) rstd: where the shift is near the mean, x - shift loses nothing.
 
     Attributes:
@@ -33,8 +32,7 @@ class Scaling:
     wide: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """The rows that one set of statistics normalizes: the whole batch, or a ghost batch.
 
     Attributes:
@@ -95,8 +93,7 @@ class Gradients:
     dweights: NDArray | None
 
 
-@dataclass(frozen=True, eq=False)
-class PartGradients:
+class PartGradients(NamedTuple):
     """What one part adds to the gradients, float64: (C,) to dgamma and dbeta, the weights' shape to theirs (None where
     none of them flows there)."""
 

@@ -192,7 +192,7 @@ def _parts(
 ) -> tuple[tuple[Part, ...], Moments | None]:
     """What normalizes which rows, and what enters the averages: None where nothing has weight."""
     values = None if weights is None else read_weights(weights, plan)
-    limits = renorm_clips(spec, clips)
+    limits = None if spec.renorm is None and clips is None else renorm_clips(spec, clips)
     cs = plan.channel_shape
     parts, entering = [], []
     for rows in plan.ghosts or (WHOLE,):
@@ -211,7 +211,7 @@ def _parts(
         else:
             mean, variance, scaling = found
             batch = completed(mean.reshape(cs), variance.reshape(cs), w, count)
-        r, d = corrections(state, batch, spec, limits, plan) if training and spec.renorm is not None else (1.0, 0.0)
+        r, d = (1.0, 0.0) if limits is None or not training else corrections(state, batch, spec, limits, plan)
         p = 1.0 / count if w is None else w.proportions
         parts.append(Part(rows, batch.mean, batch.variance, r, d, p, w, scaling))
         entering.append(batch)

@@ -3,68 +3,92 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from .layout import fold
+from .layout import NDArray, Panel, fold
 
-NDArray = np.ndarray[Any, np.dtype[Any]]
+_HELD: Final = 32  # results of blocks, before they are added up in float64
 
 
 class Sum:
     """The sum over the blocks of one panel, for each of its channels.
 
-    Within a block the additions run in the block's dtype: at most 2**15 numbers, and mostly 32, go into one such sum
-    (see `layout.WIDE`).
+    Within a block the additions run in the block's dtype. Mostly 64 numbers or fewer go into one such sum (see
+    `layout.WIDE`); along the axes after the channels it is a block's, but there BLAS adds up 16 or more sums side by
+    side.
     """
 
-    def __init__(self) -> None:
-        self._wide: NDArray | None = None
-        self._channels = 0
-
-    def add(self, block: NDArray, weights: NDArray | None = None) -> None:
-        """Add one block (n, a, channels, b), each position times its weight (n, a, 1, b)."""
-        n, a, c, b = block.shape
+    def __init__(self, panel: Panel, dtype: np.dtype[Any]) -> None:
+        n, a, c, b = panel.block
         self._channels = c
+        self._side = fold(c) if b == 1 else 1
+        self._ones = _ones(max(n * a, b), dtype)
+        # What most blocks are: whole, and their rows adjacent in memory.
+        self._common = panel.block if b == 1 and n * a % self._side == 0 else None
+        self._rows = (n * a // self._side, self._side * c)
+        self._each_row = self._ones[: self._rows[0]]
+        self._found = np.empty((min(len(panel.cuts), _HELD), self._side * c), dtype)
+        self._held = 0
+        self._total: NDArray | None = None
+
+    def add(self, block: NDArray) -> None:
+        """Add one block (n, a, channels, b)."""
+        if block.shape == self._common and block.flags.c_contiguous:
+            np.dot(self._each_row, block.reshape(self._rows), out=self._next())
+            return
+        n, a, c, b = block.shape
+        if b > 1 and n * a == 1:
+            np.dot(block.reshape(c, b), self._ones[:b], out=self._next())
+            return
         if b > 1:
-            self._put(_along_rows(block.reshape(n * a, c, b), weights))
-        elif weights is not None:
-            self._put(np.dot(weights.reshape(-1), block.reshape(-1, c)))
+            each = np.dot(block.reshape(-1, b), self._ones[:b])
+            np.dot(self._ones[: n * a], each.reshape(-1, c), out=self._next())
+            return
+        folded = n * a // self._side if block.flags.c_contiguous else 0
+        whole = folded * self._side
+        rows = block.reshape(-1, c)
+        if folded:
+            np.dot(self._ones[:folded], rows[:whole].reshape(folded, -1), out=self._next())
+        if whole < n * a:
+            rest = self._next()
+            rest[c:] = 0
+            np.dot(self._ones[: n * a - whole], rows[whole:], out=rest[:c])
+
+    def add_weighted(self, block: NDArray, weights: NDArray) -> None:
+        """Add one block, each position times its weight (n, a, 1, b)."""
+        n, a, c, b = block.shape
+        found = self._next()
+        found[c:] = 0
+        if b == 1:
+            np.dot(weights.reshape(-1), block.reshape(-1, c), out=found[:c])
         else:
-            side = fold(c)
-            if (n * a) % side or not block.flags.c_contiguous:
-                side = 1
-            rows = block.reshape(-1, side * c)
-            self._put(np.dot(ones(len(rows), rows.dtype), rows))
+            each = np.matmul(block.reshape(n * a, c, b), weights.reshape(n * a, b, 1))[:, :, 0]
+            np.dot(self._ones[: n * a], each, out=found[:c])
 
     def channels(self) -> NDArray:
         """The sums so far, float64."""
-        assert self._wide is not None
-        if len(self._wide) == self._channels:
-            return self._wide
-        return np.asarray(self._wide.reshape(-1, self._channels).sum(0))
+        self._put()
+        assert self._total is not None
+        return self._total
 
-    def _put(self, found: NDArray) -> None:
-        if self._wide is None:
-            self._wide = found.astype(np.float64)
-        else:  # the first block is the largest
-            self._wide[: len(found)] += found
+    def _next(self) -> NDArray:
+        """Where the next result goes."""
+        if self._held == len(self._found):
+            self._put()
+        self._held += 1
+        return self._found[self._held - 1]  # type: ignore[no-any-return]
 
-
-def _along_rows(rows: NDArray, weights: NDArray | None) -> NDArray:
-    """Of (positions before, channels, positions after)."""
-    before, c, b = rows.shape
-    if weights is None:
-        each = np.dot(rows.reshape(-1, b), ones(b, rows.dtype)).reshape(before, c)
-    else:
-        each = np.matmul(rows, weights.reshape(before, b, 1))[:, :, 0]
-    return each[0] if before == 1 else np.dot(ones(before, rows.dtype), each)
+    def _put(self) -> None:
+        held = self._found[: self._held].reshape(-1, self._channels)
+        found = np.asarray(np.add.reduce(held, 0, np.float64))
+        self._total = found if self._total is None else self._total + found
+        self._held = 0
 
 
 @lru_cache(maxsize=64)
-def ones(length: int, dtype: np.dtype[Any]) -> NDArray:
-    """Not to be written to."""
+def _ones(length: int, dtype: np.dtype[Any]) -> NDArray:
     made = np.ones(length, dtype)
     made.flags.writeable = False
     return made
