@@ -9,13 +9,12 @@ import tensorflow as tf
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, array_dtype
 
-from .ghosts import Ghosts
 from .statistics import Moments
 from .tensors import number
 
 
 def updated(
-    state: BatchNormState[tf.Tensor], batch: Moments, spec: BatchNormSpec, ghosts: Ghosts | None, decay: Any
+    state: BatchNormState[tf.Tensor], batch: Moments, spec: BatchNormSpec, decay: Any
 ) -> BatchNormState[tf.Tensor]:
     """The state after one batch's statistics entered it, if there were any; carries no gradient.
 
@@ -23,7 +22,6 @@ def updated(
         state: before.
         batch: what enters; of ghost batches, their mean by weight.
         spec: of the call.
-        ghosts: of the call, or None.
         decay: weight on the old averages, in place of the spec's; None for the spec's.
     """
     counter = tf.cast(state.num_updates, tf.int64)
@@ -31,13 +29,14 @@ def updated(
     if decay is None:
         decay = 1.0 - 1.0 / t if spec.decay == "cumulative" else spec.decay
     decay = number(decay, tf.float64)
-    mean = _entering(batch.shift + batch.rest, batch, ghosts)
-    biased = _entering(batch.variance, batch, ghosts)
-    moved = tf.constant(True) if batch.present is None else tf.reduce_any(batch.present)
-    enters = tf.broadcast_to(moved, [spec.num_features])
+    mean = _entering(batch.shift + batch.rest, batch)
+    biased = _entering(batch.variance, batch)
+    moved = None if batch.present is None else tf.reduce_any(batch.present)
+    enters = moved
     if spec.nonfinite == "keep":
         # What else enters is derived from these two.
-        enters &= tf.math.is_finite(mean) & tf.math.is_finite(biased)
+        finite = tf.math.is_finite(mean) & tf.math.is_finite(biased)
+        enters = finite if moved is None else finite & moved
 
     def average(name: str, new: tf.Tensor, weight: tf.Tensor = decay) -> tf.Tensor:
         """As it is before it is rounded to the state's dtype."""
@@ -57,7 +56,7 @@ def updated(
         after["renorm_stddev"] = average("renorm_stddev", stddev, slow)
     else:
         unbiased = spec.moving_variance_estimator == "unbiased"
-        variance = _entering(batch.unbiased, batch, ghosts) if unbiased else biased
+        variance = _entering(batch.unbiased, batch) if unbiased else biased
         debiased = {"none": (), "mean": ("mean",), "all": ("mean", "variance")}[spec.zero_debias]
         for name, value in (("mean", mean), ("variance", variance)):
             if name in debiased:
@@ -69,20 +68,23 @@ def updated(
                 after[f"moving_{name}"] = average(f"moving_{name}", value)
 
     def chosen(name: str, value: tf.Tensor) -> tf.Tensor:
-        return tf.stop_gradient(tf.where(enters, tf.cast(value, _stored(spec, name)), getattr(state, name)))
+        value = tf.cast(value, _stored(spec, name))
+        return tf.stop_gradient(value if enters is None else tf.where(enters, value, getattr(state, name)))
 
     return state.replace(
         **{name: chosen(name, value) for name, value in after.items()},
-        num_updates=counter + tf.cast(moved, tf.int64),
+        num_updates=counter + (1 if moved is None else tf.cast(moved, tf.int64)),
     )
 
 
-def _entering(values: tf.Tensor, batch: Moments, ghosts: Ghosts | None) -> tf.Tensor:
+def _entering(values: tf.Tensor, batch: Moments) -> tf.Tensor:
     """One value per channel of what the batch, or its ghost batches together, found."""
-    if ghosts is not None:
+    if batch.ghosts is not None:
         wide = tf.cast(values, tf.float64)
         together = (
-            tf.reduce_mean(wide, ghosts.axis) if batch.share is None else tf.reduce_sum(wide * batch.share, ghosts.axis)
+            tf.reduce_mean(wide, batch.ghosts)
+            if batch.share is None
+            else tf.reduce_sum(wide * batch.share, batch.ghosts)
         )
         values = tf.cast(together, values.dtype)
     return tf.reshape(values, [-1])

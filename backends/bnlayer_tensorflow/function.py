@@ -1,4 +1,4 @@
-"""`batch_norm` for TensorFlow: one composite of plain operations, so that autodiff is right to every order."""
+"""`batch_norm` for TensorFlow: reads and checks its arguments, and has one of the paths compute the rest."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 
 import tensorflow as tf
 
-from bnlayer.call import CallPlan, plan_call, refuse_single_value
+from bnlayer.call import plan_call, refuse_single_value
 from bnlayer.call import renorm_clips as clips_of
 from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
+from . import composite, fused, sums
 from .averages import updated
-from .ghosts import Ghosts, ghosts_of
-from .normalization import adjusted, by_batch, by_moving, chosen, transform
-from .statistics import batch_moments
+from .call import Call
+from .ghosts import ghosts_of
+from .paths import path_of
 from .support import MISSING
-from .synchronized import merged_moments, replicas_of
-from .tensors import per_channel
-from .weights import read_weights
+from .synchronized import replicas_of
+from .tensors import at_least_one
+
+_WAYS = {"fused": fused.normalized, "sums": sums.normalized, "composite": composite.normalized}
 
 
 def batch_norm(
@@ -89,73 +91,37 @@ def batch_norm(
     clips = clips_of(spec, renorm_clips)
     if decay is not None:
         _check_decay(decay, spec)
-    count = _count(x, plan)
     replica = replicas_of(plan)
-    ghosts = ghosts_of(x, plan, spec)
+    call = Call(
+        spec=spec,
+        plan=plan,
+        state=state,
+        weights=given,
+        clips=clips,
+        adjustment=adjusting if training else None,
+        replica=replica,
+    )
     if replica is None:  # else they decide together
-        x = _several_values(x, plan, spec, count, ghosts)
-    work = tf.as_dtype(plan.arithmetic)
-    channel_shape = plan.channel_shape if ghosts is None else (1, *plan.channel_shape)
-    values = tf.cast(x, work) if ghosts is None else ghosts.split(tf.cast(x, work))
-    w = read_weights(given, plan, count, ghosts, refuse=replica is None)
-    # Padding has no weight, but is finite.
-    hidden = None if given is None or w is None else tf.math.logical_not(w.positive | tf.math.is_finite(values))
-
-    after = state
-    by = by_moving(state, channel_shape, work)
-    if plan.batch_statistics and (plan.count != 0 or replica is not None):  # the others wait for an empty one too
-        if replica is None:
-            batch = batch_moments(values, hidden, plan, count, ghosts, w)
-        else:
-            batch = merged_moments(values, hidden, plan, count, w, spec, replica)
-        if plan.update:
-            after = updated(state, batch, spec, ghosts, decay)
-        of_batch = by_batch(batch, state, spec, clips, channel_shape)
-        if training and adjusting is not None:
-            of_batch = adjusted(of_batch, *adjusting)
-        by = chosen(batch.present, of_batch, by)
-
-    centered = values - by.shift
-    if hidden is not None:
-        # Anything may lie under a mask. What is not finite there must not reach the sums of the backward pass, so
-        # the computation sees the mean in its place, and y gets back what the formula gives there.
-        centered = _substituted(centered, hidden, by.rest)
-    gamma = None if state.gamma is None else per_channel(state.gamma, channel_shape, work)
-    beta = None if state.beta is None else per_channel(state.beta, channel_shape, work)
-    y = transform(centered - by.rest, by, spec, gamma, beta)
-    if hidden is not None:
-        y = _substituted(y, hidden, transform(values, by, spec, gamma, beta))
-    if ghosts is not None:
-        y = ghosts.join(y)
-        y.set_shape(x.shape)
-    return tf.cast(y, x.dtype), after
+        x = _several_values(x, call)
+    gamma, beta = (None if each is None else tf.cast(each, call.work) for each in (state.gamma, state.beta))
+    y, batch = _WAYS[path_of(x, call)](x, gamma, beta, call)
+    return y, state if batch is None or not plan.update else updated(state, batch, spec, decay)
 
 
-def _substituted(values: tf.Tensor, where: tf.Tensor, by: tf.Tensor) -> tf.Tensor:
-    """Other values at some positions, with the gradient of the ones that were there."""
-    by = tf.stop_gradient(by)
-    return tf.grad_pass_through(lambda kept: tf.where(where, by, kept))(values)
-
-
-def _count(x: tf.Tensor, plan: CallPlan) -> Any:
-    """Elements per channel: an integer where the shape says it, else an int64 scalar."""
-    if plan.count is not None:
-        return plan.count
-    return tf.reduce_prod(tf.gather(tf.shape(x, tf.int64), plan.reduced))
-
-
-def _several_values(x: tf.Tensor, plan: CallPlan, spec: BatchNormSpec, count: Any, ghosts: Ghosts | None) -> tf.Tensor:
+def _several_values(x: tf.Tensor, call: Call) -> tf.Tensor:
     """x, refused where it has one value per channel, in all or in its smallest ghost batch, and where only the running
     graph can tell that."""
+    plan, spec = call.plan, call.spec
     if not plan.batch_statistics or spec.single_value == "allow":
         return x
     if plan.count is not None:
         if plan.synchronized:  # else the plan has asked
             refuse_single_value(spec, plan.count, f"x has shape {tuple(x.shape)}")
         return x
+    count, ghosts = call.count(x), ghosts_of(x, plan, spec)
     if ghosts is not None:
         rows = tf.cast(ghosts.rows, tf.int64)
-        count = count // tf.maximum(rows, 1) * (rows // ghosts.number)
+        count = count // at_least_one(rows) * (rows // ghosts.number)
     check = tf.debugging.assert_none_equal(
         count,
         tf.constant(1, tf.int64),

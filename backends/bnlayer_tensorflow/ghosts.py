@@ -14,6 +14,8 @@ import tensorflow as tf
 from bnlayer.call import CallPlan
 from bnlayer.spec import BatchNormSpec
 
+from .tensors import at_least_one
+
 
 @dataclass(frozen=True, eq=False)
 class Ghosts:
@@ -72,8 +74,8 @@ def ghosts_of(x: tf.Tensor, plan: CallPlan, spec: BatchNormSpec) -> Ghosts | Non
     if not plan.ghosted:
         return None
     rows: Any = tf.shape(x, tf.int64)[0] if x.shape[0] is None else x.shape[0]
-    number = _at_least_one(-(-rows // spec.virtual_batch_size))
-    size = _at_least_one(-(-rows // number))
+    number = at_least_one(-(-rows // spec.virtual_batch_size))
+    size = at_least_one(-(-rows // number))
     even = isinstance(rows, int) and number * size == rows
     return Ghosts(spec.virtual_batch_layout == "strided", rows, number, size, even)
 
@@ -90,7 +92,3 @@ def _padded(values: tf.Tensor, axis: int, more: Any) -> tf.Tensor:
     rank = values.shape.rank
     after = [tf.cast(more if i == axis else 0, tf.int64) for i in range(rank)]
     return tf.pad(values, tf.stack([tf.zeros(rank, tf.int64), tf.stack(after)], 1))
-
-
-def _at_least_one(number: Any) -> Any:
-    return max(number, 1) if isinstance(number, int) else tf.maximum(number, tf.constant(1, tf.int64))

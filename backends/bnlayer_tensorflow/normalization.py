@@ -61,10 +61,8 @@ def adjusted(by: Normalizer, scale: tf.Tensor, bias: tf.Tensor) -> Normalizer:
     return replace(by, scale=number(scale, by.shift.dtype), bias=number(bias, by.shift.dtype))
 
 
-def chosen(present: tf.Tensor | None, batch: Normalizer, moving: Normalizer) -> Normalizer:
+def chosen(present: tf.Tensor, batch: Normalizer, moving: Normalizer) -> Normalizer:
     """The batch's, and the moving one where nothing was present to take statistics of."""
-    if present is None:
-        return batch
 
     def either(new: tf.Tensor | None, old: float) -> tf.Tensor | None:
         return None if new is None else tf.where(present, new, tf.constant(old, new.dtype))

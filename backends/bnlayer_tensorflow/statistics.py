@@ -27,6 +27,7 @@ class Moments:
         variance: biased.
         unbiased: with Bessel's correction; carries no gradient.
         present: whether there was anything to take statistics of; None where that is certain.
+        ghosts: the axis of the ghost batches, or None.
         share: each ghost batch's part of the total weight, float64; None where all have the same.
     """
 
@@ -34,8 +35,9 @@ class Moments:
     rest: tf.Tensor
     variance: tf.Tensor
     unbiased: tf.Tensor
-    present: tf.Tensor | None
-    share: tf.Tensor | None
+    present: tf.Tensor | None = None
+    ghosts: int | None = None
+    share: tf.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,9 @@ def batch_moments(
         present, share = None if plan.count is not None else each > 0, None
     else:
         freedom, present, share = weights.sums.freedom, weights.any, weights.share
-    return Moments(shift, rest, variance, unbiased(variance, freedom), present, share)
+    return Moments(
+        shift, rest, variance, unbiased(variance, freedom), present, None if ghosts is None else ghosts.axis, share
+    )
 
 
 def unbiased(variance: tf.Tensor, freedom: tf.Tensor) -> tf.Tensor:

@@ -102,7 +102,6 @@ def merged_moments(
         variance=v,
         unbiased=unbiased(v, sums.freedom),
         present=None if weights is None and plan.count else present,
-        share=None,
     )
 
 

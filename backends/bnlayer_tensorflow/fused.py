@@ -1,0 +1,35 @@
+"""The path over the framework's own kernel: channels last, float32 or half."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from . import kernel
+from .call import Call
+from .statistics import Moments
+from .tensors import elements
+
+
+def normalized(
+    x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, call: Call
+) -> tuple[tf.Tensor, Moments | None]:
+    """See `composite.normalized`."""
+    spec, state = call.spec, call.state
+    scale = tf.ones(spec.num_features) if gamma is None else gamma
+    offset = tf.zeros(spec.num_features) if beta is None else beta
+    flat = x if x.shape.rank == 4 else tf.reshape(x, (-1, 1, 1, spec.num_features))
+    batch = None
+    if call.plan.batch_statistics:
+        values = tf.cast(flat, tf.float32)
+        count = elements(x) // spec.num_features
+        y, shift, rest, variance, unbiased = kernel.by_batch(values, scale, offset, spec.epsilon, count)
+        present = None if call.plan.count is not None else tf.size(x) > 0
+        batch = Moments(shift, rest, variance, unbiased, present)
+    else:
+        mean, variance = (tf.cast(moving, tf.float32) for moving in (state.moving_mean, state.moving_variance))
+        y = kernel.by_given(flat, mean, variance, scale, offset, spec.epsilon)
+    y = tf.cast(y, x.dtype)
+    if x.shape.rank != 4:
+        y = tf.reshape(y, x.shape if x.shape.is_fully_defined() else tf.shape(x, tf.int64))
+    y.set_shape(x.shape)
+    return y, batch
