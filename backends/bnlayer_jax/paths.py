@@ -10,7 +10,8 @@ from bnlayer.paths import Paths
 # "centered": sums of centered values at once. See `normalization`.
 PATHS: Final = Paths("one-pass", "centered")
 
-# Elements of x from which one pass is the faster way.
+# Elements of x from which one pass is the faster way: measured forwards and backwards on two cores, it takes 1.05 of
+# the time of centered sums at 2^13 elements, .92 at 2^15, .85 at 2^17 and .7 at 2^19.
 _LEAST: Final = 2**14
 
 
