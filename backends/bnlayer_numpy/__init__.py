@@ -1,7 +1,8 @@
 """Batch normalization for NumPy: forward, analytic backward, a layer that keeps its state, and a course's pair."""
 
+from .cache import Cache, Gradients
 from .course import batchnorm_backward, batchnorm_forward
-from .function import Cache, Gradients, batch_norm, batch_norm_backward, batch_norm_forward
+from .function import batch_norm, batch_norm_backward, batch_norm_forward
 from .layer import BatchNorm
 
 __all__ = [

@@ -1,7 +1,8 @@
 """The pair of functions that courses on neural networks ask for: batch normalization of an (N, D) array, by hand.
 
-The formulas are those of this package's own function; to see them, read `batch_moments` and `updated` in statistics.py,
-then `batch_norm_forward` and `batch_norm_backward` in function.py. In a course's words, for one column of x:
+The formulas are those of this package's own function; to see them, read `batch_moments` in statistics.py,
+`updated` in averages.py, then `output` and `gradients` in definition.py. (blocked.py has the same formulas, taken apart
+for speed.) In a course's words, for one column of x:
 
     mean, var = x.mean(), x.var()                               the batch's own, biased (divided by N)
     xhat = (x - mean) / sqrt(var + eps)
@@ -27,7 +28,8 @@ from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
-from .function import Cache, batch_norm_backward, batch_norm_forward
+from .cache import Cache
+from .function import batch_norm_backward, batch_norm_forward
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 

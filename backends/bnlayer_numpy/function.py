@@ -205,7 +205,9 @@ def _parts(
             scaling = None if layout is None else blocked.scaling_of(mean, variance, spec.epsilon, plan.arithmetic)
             parts.append(Part(rows, mean.reshape(cs), variance.reshape(cs), 1.0, 0.0, None, w, scaling))
             continue
-        found = None if layout is None or view is None else blocked.moments(view[rows], layout, w, spec, plan.arithmetic)
+        found = (
+            None if layout is None or view is None else blocked.moments(view[rows], layout, w, spec, plan.arithmetic)
+        )
         if found is None:
             batch, scaling = batch_moments(of_part, plan, w), None
         else:

@@ -12,7 +12,8 @@ from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
-from .function import Cache, Gradients, batch_norm_backward, batch_norm_forward
+from .cache import Cache, Gradients
+from .function import batch_norm_backward, batch_norm_forward
 
 NDArray = np.ndarray[Any, np.dtype[Any]]
 

@@ -58,7 +58,7 @@ class Layout:
         """Weights that broadcast against this many rows of the array, as (rows, A, 1, B)."""
         weights = weights if self.order is None else weights.transpose(self.order)
         everywhere = np.broadcast_to(weights, (rows, *self.ordered[1 : self.axis], 1, *self.ordered[self.axis + 1 :]))
-        n, a, _, b = self.shape
+        _, a, _, b = self.shape
         return np.ascontiguousarray(everywhere, dtype).reshape(rows, a, 1, b)
 
     def at_positions(self, values: NDArray) -> NDArray:
