@@ -25,6 +25,11 @@ class Paths:
         self.names = names
         self._wanted: ContextVar[tuple[str | None, Counter[str]] | None] = ContextVar("wanted", default=None)
 
+    @property
+    def watched(self) -> bool:
+        """Whether `forced` holds; where not, a backend need not find out which paths are able besides the fastest."""
+        return self._wanted.get() is not None
+
     def chosen(self, fastest: str, able: Collection[str]) -> str:
         """The path to take.
 

@@ -24,7 +24,8 @@ from bnlayer.state import BatchNormState, array_names
 
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
-from .fused import NATIVE, Way, checked, from_batch, is_ambiguous, loses_gradients, sums_drift, way_of
+from .fused import NATIVE, Way, checked, from_batch, is_ambiguous, loses_gradients, may_differ, sums_drift, way_of
+from .orders import order_of
 from .surroundings import around, write
 from .synchronized import GroupReference
 from .tensors import EXTRA_BUFFERS, tensors_of
@@ -358,9 +359,10 @@ class Module(TorchBatchNorm):
             ):
                 return None
             what = around()
+            drifts = sums_drift(x, 1, count)
             plain = what in ("nothing", "recomputation")
-            way = way_of(x, 1, count, eps) if plain else NATIVE
-            if what == "transform" or (way.path == "native" and sums_drift(x, 1, count)):
+            way = way_of(x, 1, count, eps) if plain and may_differ(x, drifts) else NATIVE
+            if what == "transform" or (drifts and way.path == "native"):
                 return None
             if way.path != "native":
                 y = self._by_way(x, weight, bias, mean, variance, momentum if what == "nothing" else None, count, way)
@@ -402,11 +404,11 @@ class Module(TorchBatchNorm):
         """y, and the running statistics moved in place unless `momentum` is None; arguments as `_fused` found them."""
         eps: float = self.__dict__["eps"]
         if way.path == "checked" and momentum is not None:
-            assert way.order is not None
-            y = checked(x, weight, bias, (mean.data, variance.data), momentum, eps, way.order)
+            y = checked(x, weight, bias, (mean.data, variance.data), momentum, eps, 1)
             if y is not None:
                 return y
-            way = NATIVE
+            order = order_of(x, 1)
+            way = NATIVE if order is None else Way("columns", order)
         y, (batch_mean, batch_variance) = from_batch(x, weight, bias, eps, 1, count, way)
         if momentum is not None:
             mean.mul_(1.0 - momentum).add_(batch_mean, alpha=momentum)
