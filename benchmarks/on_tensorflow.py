@@ -51,7 +51,7 @@ def _pair(mode: Mode, shape: Shape, axis: int) -> Pair:
 
     def call(function: Any) -> Any:
         result = function(x, dy)
-        result[-1].numpy()[:1]
+        tf.test.experimental.sync_devices()
         return result
 
     def results() -> Any:

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from .tensors import at_least_one
 
-_EACH: Final = 64  # a sample is each 64th row
+_ROWS: Final = 256  # of a sample, or up to twice as many
 # |m| <= 4 sd costs the mean at most 4 times the error that it has at m = 0.
 _NEAR: Final = 4.0
 
@@ -37,9 +37,9 @@ def by_batch(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, 
         y, of x's shape; shift and rest, whose sum is the mean; the biased and the unbiased variance, which are 0 of a
         single element. Only y has a gradient.
     """
-    shift = _shift(tf.stop_gradient(x))
+    near, shift = _shift(tf.stop_gradient(x), count)
     # Either way x's gradient is what comes in: a branch that did not use x would cost zeros of its size.
-    moved = tf.cond(tf.reduce_any(shift != 0.0), lambda: x - shift, lambda: x)
+    moved = tf.cond(near, lambda: x, lambda: x - shift)
     moved.set_shape(x.shape)
     y, rest, unbiased, *_ = tf.raw_ops.FusedBatchNormV3(
         x=moved, scale=scale, offset=offset, mean=tf.zeros(0), variance=tf.zeros(0), epsilon=epsilon
@@ -65,35 +65,40 @@ def by_given(
     )[0]  # fmt: skip
 
 
-def _shift(x: tf.Tensor) -> tf.Tensor:
-    """What to subtract from each channel: near its mean, or 0 where that is near enough."""
+def _shift(x: tf.Tensor, count: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Whether 0 is near enough to each channel's mean, and what to subtract."""
     values = tf.reshape(x, (-1, x.shape[-1]))
-    sample = values[::_EACH]
+    step = at_least_one(count // _ROWS)
+    sample = tf.gather(values, tf.range(0, count, step))
     mean = tf.reduce_mean(sample, 0)
     variance = tf.reduce_mean(tf.math.squared_difference(sample, mean), 0)
-    # Deviations from a constant channel's own value are 0; from what its sum was rounded to, they are not.
-    first = tf.reduce_sum(sample[:1], 0)  # 0 of an empty batch
-    near = tf.where(tf.square(first - mean) <= 4.0 * variance, first, mean)
-    far = (tf.abs(mean) > _NEAR * tf.sqrt(variance)) & tf.math.is_finite(mean)
-    sampled = tf.where(far, near, tf.zeros_like(near))
+    far = (tf.square(mean) > _NEAR**2 * variance) & tf.math.is_finite(mean)
+    safe = _two_pass(values)
 
-    def mean_of_all() -> tf.Tensor:
-        shift = mean + tf.reduce_mean(values - mean, 0)
+    def of_sample() -> tf.Tensor:
+        # Deviations from a constant channel's own value are 0; from what its sum was rounded to, they are not.
+        value = sample[0]
+        near = tf.where(tf.square(value - mean) <= 4.0 * variance, value, mean)
+        return tf.where(far, near, tf.zeros_like(near))
+
+    def of_all() -> tf.Tensor:
+        shift = tf.reduce_mean(values, 0)
         return tf.where(tf.math.is_finite(shift), shift, tf.zeros_like(shift))
 
-    shift = tf.cond(_two_pass(sampled), lambda: sampled, mean_of_all)
-    shift.set_shape(sampled.shape)
-    return tf.stop_gradient(shift)
+    near = safe & tf.math.logical_not(tf.reduce_any(far))
+    shift = tf.cond(near, lambda: tf.zeros_like(mean), lambda: tf.cond(safe, of_sample, of_all))
+    shift.set_shape(mean.shape)
+    return near, tf.stop_gradient(shift)
 
 
-def _two_pass(data: tf.Tensor) -> tf.Tensor:
+def _two_pass(values: tf.Tensor) -> tf.Tensor:
     """Whether the kernel subtracts the mean before it squares, where it runs now.
 
     Two of three numbers are equal, and the third differs by 1: the unbiased variance is 1/3. Their squares are near
     1e8, where float32 knows multiples of 8. Which two are equal depends on the data, so that nobody computes this
     ahead of time on another device.
     """
-    one = tf.cast(data[0] > 0, tf.float32)
+    one = tf.cast(tf.reduce_any(values[:1, :1] > 0.0), tf.float32)
     probe = tf.reshape(1e4 + tf.stack([0.0, 1.0, one]), (3, 1, 1, 1))
     _, _, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=probe, scale=[1.0], offset=[0.0], mean=tf.zeros(0), variance=tf.zeros(0), epsilon=1.0

@@ -40,7 +40,7 @@ def _able(x: tf.Tensor, call: Call) -> tuple[str, ...]:
         return ("composite",)
     kernel = plan.axis == len(plan.channel_shape) - 1 and x.dtype != tf.float64
     if not plan.batch_statistics:
-        return ("fused", "composite") if kernel else ("composite",)
+        return ("fused", "sums", "composite") if kernel else ("sums", "composite")
     if kernel and _least_epsilon() <= call.spec.epsilon <= np.finfo(np.float32).max:
         return ("fused", "sums", "composite")
     return ("sums", "composite")
