@@ -90,11 +90,11 @@ def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
         offset += _flat(part.d) if cache.gamma is None else _flat(part.d) * cache.gamma
     if cache.beta is not None:
         offset += cache.beta
-    loaded = _Loaded(arithmetic)
-    for panel in panels(view.shape, arithmetic.itemsize):
+    for panel in reversed(panels(view.shape, arithmetic.itemsize)):  # what `moments` read last is still in a cache
+        loaded = _Loaded(panel, arithmetic)
         shifts = None if shift is None else panel.spread(shift, arithmetic)
         scales, offsets = panel.spread(scale, arithmetic), panel.spread(offset, arithmetic)
-        for cut in panel.cuts:
+        for cut in reversed(panel.cuts):
             x, result = loaded(view[cut]), target[cut]
             out = result if result.dtype == arithmetic else loaded.like(result)
             if shifts is not None:
@@ -142,8 +142,9 @@ def _gradient_sums(
     view: NDArray, dy: NDArray, cut: tuple[Panel, ...], scaling: Scaling, arithmetic: np.dtype[Any]
 ) -> tuple[NDArray, NDArray]:
     """sum(dy) and sum(dy xhat)."""
-    load_x, load_dy, sums, products = _Loaded(arithmetic), _Loaded(arithmetic), [], []
+    sums, products = [], []
     for panel in cut:
+        load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic)
         shifts = None if scaling.shift is None else panel.spread(scaling.shift, arithmetic)
         of_dy, of_products = Sum(panel, arithmetic), Sum(panel, arithmetic)
         for at in panel.cuts:
@@ -161,10 +162,10 @@ def _gradient_sums(
 
 def _scaled(dy: NDArray, target: NDArray, cut: tuple[Panel, ...], scale: NDArray, arithmetic: np.dtype[Any]) -> None:
     """dx = scale dy."""
-    load_dy = _Loaded(arithmetic)
-    for panel in cut:
+    for panel in reversed(cut):
+        load_dy = _Loaded(panel, arithmetic)
         scales = panel.spread(scale, arithmetic)
-        for at in panel.cuts:
+        for at in reversed(panel.cuts):
             g = load_dy(dy[at])
             np.multiply(g, fitted(scales, g), out=target[at], casting="unsafe")
 
@@ -174,12 +175,12 @@ def _projected(
     constant: NDArray, scale: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any],
 ) -> bool:  # fmt: skip
     """dx = scale (dy - w (constant + (x - shift) slope)); False where what lies under a mask has spoilt it."""
-    load_x, load_dy = _Loaded(arithmetic), _Loaded(arithmetic)
-    for panel in cut:
+    for panel in reversed(cut):  # as in `normalize`
+        load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic)
         shifts = None if shift is None else panel.spread(shift, arithmetic)
         slopes, constants = panel.spread(slope, arithmetic), panel.spread(constant, arithmetic)
         scales, check = panel.spread(scale, arithmetic), Sum(panel, arithmetic)
-        for at in panel.cuts:
+        for at in reversed(panel.cuts):
             x, g = load_x(view[at]), load_dy(dy[at])
             buffer = load_x.like(x)
             if shifts is not None:
@@ -212,8 +213,8 @@ def _dweights(
     quadratic = (0.5 * factor * scaling.rstd**2 * s2).astype(arithmetic)
     n, a, _, b = view.shape
     found = np.full((n, a, 1, b), np.dot(factor, 0.5 * (e * e - ratio) * s2 - e * s1))
-    load_x = _Loaded(arithmetic)
     for panel in cut:
+        load_x = _Loaded(panel, arithmetic)
         shifts = None if scaling.shift is None else panel.spread(scaling.shift, arithmetic)
         for at in panel.cuts:
             x = load_x(view[at])
@@ -229,9 +230,8 @@ def _dweights(
 def _over_channels(block: NDArray, values: NDArray) -> NDArray:
     """sum_c values_c block_c at each position of the block: (n, a, 1, b)."""
     n, a, c, b = block.shape
-    if b == 1:
-        return np.dot(block.reshape(-1, c), values).reshape(n, a, 1, 1)
-    return np.matmul(values, block).reshape(n, a, 1, b)
+    found = np.dot(block.reshape(-1, c), values) if b == 1 else np.matmul(values, block)
+    return np.asarray(found).reshape(n, a, 1, b)
 
 
 def _moments(
@@ -239,8 +239,9 @@ def _moments(
     arithmetic: np.dtype[Any],
 ) -> tuple[NDArray, NDArray, Scaling] | None:  # fmt: skip
     """`moments` with this shift."""
-    load, sums, squares = _Loaded(arithmetic), [], []
+    sums, squares = [], []
     for panel in cut:
+        load = _Loaded(panel, arithmetic)
         shifts = None if shift is None else panel.spread(shift, arithmetic)
         first, second = Sum(panel, arithmetic), Sum(panel, arithmetic)
         for at in panel.cuts:
@@ -288,7 +289,7 @@ def _shift(view: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any], *,
     base = sample[0].copy()  # relative to one value, so that a constant channel's mean is that value, to the last bit
     sample -= base
     rest = sample.mean(0)
-    mean = base + rest
+    mean: NDArray = base + rest
     if not always and (mean * mean <= 0.5 * SQUARES * (np.square(sample).mean(0) - rest * rest)).all():
         return None
     return mean
@@ -296,7 +297,7 @@ def _shift(view: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any], *,
 
 def _scale(cache: Cache, part: Part, scaling: Scaling) -> NDArray | None:
     """gamma r rstd; None where float32 may not hold it."""
-    scale = scaling.rstd if cache.gamma is None else scaling.rstd * cache.gamma
+    scale: NDArray = scaling.rstd if cache.gamma is None else scaling.rstd * cache.gamma
     if cache.spec.renorm is not None:
         scale = scale * _flat(part.r)
     if not scale.dot(scale) <= LARGEST_SCALE**2:
@@ -326,9 +327,10 @@ def _all_channels(at: Cut) -> Cut:
 
 
 class _Loaded:
-    """A block in the arithmetic: as it is, or converted into one buffer that every block shares."""
+    """A panel's blocks in the arithmetic: as they are, or converted into one buffer that all of them share."""
 
-    def __init__(self, arithmetic: np.dtype[Any]) -> None:
+    def __init__(self, panel: Panel, arithmetic: np.dtype[Any]) -> None:
+        self._shape = panel.block
         self._arithmetic = arithmetic
         self._buffer: NDArray | None = None
 
@@ -340,9 +342,9 @@ class _Loaded:
         return buffer
 
     def like(self, block: NDArray) -> NDArray:
-        """The buffer, in this block's shape; the first block is the largest."""
+        """The buffer, in this block's shape."""
         if self._buffer is None:
-            self._buffer = np.empty(block.shape, self._arithmetic)
+            self._buffer = np.empty(self._shape, self._arithmetic)
         if self._buffer.shape == block.shape:
             return self._buffer
         return self._buffer.reshape(-1)[: block.size].reshape(block.shape)
