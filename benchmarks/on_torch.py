@@ -30,8 +30,8 @@ class _Option:
     """
 
     name: str
-    bars: Mapping[str, float]
-    first: Mapping[str, float] = field(default_factory=dict)
+    bars: Mapping[Mode, float]
+    first: Mapping[Mode, float] = field(default_factory=dict)
     weights: str | None = None
     arguments: Callable[[int], dict[str, Any]] = lambda _: {}
     groups: Callable[[int], NDArray] | None = None
@@ -48,8 +48,8 @@ def _ghosts(layout: str, rows: int) -> dict[str, Any]:
     return {"virtual_batch_size": rows // _GHOSTS, "virtual_batch_layout": layout}
 
 
-_WEIGHTED: Final = {"eval": 1.1, "train": 2.0, "grad": 2.0}
-_OTHER: Final = {"train": 1.5, "grad": 1.5}
+_WEIGHTED: Final[dict[Mode, float]] = {"eval": 1.1, "train": 2.0, "grad": 2.0}
+_OTHER: Final[dict[Mode, float]] = {"train": 1.5, "grad": 1.5}
 _OPTIONS: Final = (
     _Option("mask", _WEIGHTED, {"train": 1.5}, weights="mask"),
     _Option("weights", _WEIGHTED, {"train": 1.5}, weights="weights"),
@@ -79,7 +79,7 @@ def cases(device: str = "cpu") -> Iterator[Case]:
                 yield Case(
                     "torch", "ours, plain", mode, "float32", f"{layout}, {option.name}", shape,
                     bar if bars and shape != (8, 64) else None, make,
-                )  # type: ignore[arg-type]  # fmt: skip
+                )  # fmt: skip
     for layout, shape in (("NCHW", (64, 256, 14, 14)), ("channels_last", (64, 256, 14, 14)), ("NC", (65536, 64))):
         for mode in MODES:
             yield _against_torch(device, mode, layout, shape, None, dtype="bfloat16")
@@ -97,9 +97,7 @@ def _against_torch(
     return Case("torch", peer, mode, dtype, said, shape, bar, make)
 
 
-def _torch_pair(
-    device: str, mode: Mode, layout: str, shape: Shape, dtype: str, mean: float, compiled: bool
-) -> Pair:
+def _torch_pair(device: str, mode: Mode, layout: str, shape: Shape, dtype: str, mean: float, compiled: bool) -> Pair:
     import torch
 
     import bnlayer_torch
@@ -124,9 +122,7 @@ def _option_pair(device: str, mode: Mode, layout: str, shape: Shape, option: _Op
         rng = np.random.default_rng(2)
         drawn = rng.uniform(0, 1, (shape[0], *shape[2:])).astype(np.float32)
         weights = drawn > 0.2 if option.weights == "mask" else drawn
-    layers = [
-        _layer(bnlayer_torch, mode, shape, device, **arguments) for arguments in (option.arguments(shape[0]), {})
-    ]
+    layers = [_layer(bnlayer_torch, mode, shape, device, **arguments) for arguments in (option.arguments(shape[0]), {})]
     given = () if weights is None else (torch.from_numpy(weights).to(device),)
     tensors = _tensors(device, mode, layout, arrays, "float32")
     ours, peer = _run(layers[0], mode, *tensors, *given), _run(layers[1], mode, *tensors)
@@ -148,15 +144,11 @@ def _layer(package: Any, mode: Mode, shape: Shape, device: str, **arguments: Any
     return layer.to(device).train(mode != "eval")
 
 
-def _tensors(
-    device: str, mode: Mode, layout: str, arrays: tuple[NDArray, NDArray], dtype: str
-) -> tuple[Any, Any]:
+def _tensors(device: str, mode: Mode, layout: str, arrays: tuple[NDArray, NDArray], dtype: str) -> tuple[Any, Any]:
     import torch
 
     order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x, dy = (
-        torch.from_numpy(a).to(device, getattr(torch, dtype)).contiguous(memory_format=order) for a in arrays
-    )
+    x, dy = (torch.from_numpy(a).to(device, getattr(torch, dtype)).contiguous(memory_format=order) for a in arrays)
     return x.requires_grad_(mode == "grad"), dy
 
 

@@ -26,7 +26,7 @@ class Order:
     @property
     def innermost(self) -> bool:
         """Whether the channels are."""
-        return len(self.merged) == 2  # noqa: PLR2004
+        return len(self.merged) == 2
 
     def merge(self, x: Tensor) -> Tensor:
         """A tensor of the same shape as one of `merged`, contiguous; copied where it lies in another order."""

@@ -9,7 +9,6 @@ from torch.nn import Parameter
 
 from bnlayer.paths import Paths
 
-
 # native: torch's kernel in training mode, on x or on x minus its mean.
 # checked: the kernel on x, and again on x minus its mean where its statistics turn out to need that.
 # rows, columns: our own sums over (N, C, L) or (n, C), torch's kernels for the rest.

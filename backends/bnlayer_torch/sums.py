@@ -87,7 +87,10 @@ def _of_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     while count > longest * fold and 2 * fold * features <= _WIDEST:
         fold *= 2
     whole = count - count % fold
-    slabs = [*x[:whole].view(-1, fold * features).split(longest), *([x[whole:]] if whole < count else [])]
+    folded = x[:whole].view(-1, fold * features)
+    slabs = [folded[start : start + longest] for start in range(0, len(folded), longest)]
+    if whole < count:
+        slabs.append(x[whole:])
     mean, variance = _of_slab(slabs[0], features)
     seen = slabs[0].numel()
     for slab in slabs[1:]:
