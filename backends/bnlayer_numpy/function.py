@@ -20,7 +20,7 @@ from .layout import Layout, layout_of
 from .paths import PATHS
 from .renorm import corrections
 from .statistics import Moments, batch_moments, combined, completed
-from .weights import of_rows, read_weights, related
+from .weights import of_rows, read_weights, related, unrelated
 
 WHOLE = slice(None)
 
@@ -198,7 +198,10 @@ def _parts(
     for rows in plan.ghosts or (WHOLE,):
         of_part = x[rows]
         count = of_part.size // spec.num_features
-        w = None if values is None else related(of_rows(values, rows), count)
+        w = None
+        if values is not None:
+            held = of_rows(values, rows)
+            w = related(held, count) if plan.batch_statistics else unrelated(held)
         # Without a single weighted element there are no batch statistics: y comes by the eval formula.
         if not plan.batch_statistics or count == 0 or (w is not None and w.total == 0):
             mean, variance = _moving(state, spec)

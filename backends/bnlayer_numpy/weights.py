@@ -40,8 +40,8 @@ def read_weights(weights: NDArray, plan: CallPlan) -> NDArray:
     if weights.dtype.kind not in "biuf" and weights.dtype.name != "bfloat16":
         raise InputError(f"weights must be real or boolean; got {weights.dtype}.")
     values = weights.astype(np.float64).reshape([int(length or 0) for length in plan.weights_shape])
-    refused = ~((values >= 0) & (values < np.inf))
-    if bool(refused.any()):
+    if weights.dtype.kind not in "bu" and not (values.min(initial=0.0) >= 0.0 and values.max(initial=0.0) < np.inf):
+        refused = ~((values >= 0) & (values < np.inf))
         raise InputError(f"weights must be finite and not negative; got {values[refused][0]}.")
     return values
 
@@ -63,6 +63,11 @@ def related(values: NDArray, count: int) -> Weights:
     single = int(np.count_nonzero(values)) * spread == 1
     concentration = 1.0 if single else float(np.square(proportions).sum() * spread)
     return Weights(values, proportions, float(values.sum() * spread), concentration)
+
+
+def unrelated(values: NDArray) -> Weights:
+    """The weights where no statistics are taken, and nothing but where they are 0 matters."""
+    return Weights(values, values, 0.0, 0.0)
 
 
 def is_real(weights: NDArray) -> bool:

@@ -60,7 +60,7 @@ def run(
     x: NDArray, spec: BatchNormSpec, *, training: bool = True, weights: NDArray | None = None, path: str | None = None
 ) -> tuple[NDArray, BatchNormState[NDArray], Gradients, Cache]:
     """One call and its gradients, of dy drawn from the normal distribution."""
-    dy = np.random.default_rng(2).standard_normal(x.shape).astype(x.dtype)
+    dy = np.asarray(np.random.default_rng(2).standard_normal(x.shape)).astype(x.dtype)
     with PATHS.forced(path) as taken:
         y, after, cache = batch_norm_forward(x, state_of(spec), spec, training=training, weights=weights)
         gradients = batch_norm_backward(dy, cache)
