@@ -142,7 +142,7 @@ def _normalized_and_updated(
     x = groups.split(x)
     shift, variance = _moving(state, plan.arithmetic, groups.channel_shape)
     rest = jnp.zeros_like(shift)
-    renorm: tuple[jax.Array, jax.Array] | None = None
+    renorm: tuple[jax.Array | float, jax.Array | float] | None = None
     one_pass = False
     if plan.batch_statistics and plan.count != 0:
         if replicas is None:
@@ -154,8 +154,8 @@ def _normalized_and_updated(
         # no gradient of the unused branch is multiplied by infinity.
         some = True if batch.some is None else batch.some
         if spec.renorm is not None:
-            r, d = corrections(batch, state, spec, clips, groups.channel_shape)
-            renorm = _where(some, r, 1), _where(some, d, 0)
+            corrected = corrections(batch, state, spec, clips, groups.channel_shape)
+            renorm = _where(some, corrected[0], 1), _where(some, corrected[1], 0)
         if adjustment is not None:
             adjustment = _where(some, adjustment[0], 1), _where(some, adjustment[1], 0)
         shift, rest = _where(some, batch.shift, shift), _where(some, batch.rest, 0)
@@ -164,7 +164,7 @@ def _normalized_and_updated(
             state = updated(state, entering(batch, groups, related_weights), spec)
     gamma = 1.0 if state.gamma is None else _per_channel(state.gamma, plan.arithmetic, groups.channel_shape)
     beta = 0.0 if state.beta is None else _per_channel(state.beta, plan.arithmetic, groups.channel_shape)
-    r, d = (1.0, 0.0) if renorm is None else renorm
+    r, d = renorm or (1.0, 0.0)
     scale = r / jnp.sqrt(variance + spec.epsilon)
     if adjustment is None:
         offset = beta if renorm is None else d * gamma + beta

@@ -10,6 +10,7 @@ times and x twice, and writes dx.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ def dominance(count: float) -> float:
 
     Capped at 16, a mean of four standard deviations: further out more digits are lost than are worth the time.
     """
-    return min(16.0, count**0.5 / 8)
+    return min(16.0, math.sqrt(count) / 8)
 
 
 def moments(
