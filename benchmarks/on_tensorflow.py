@@ -1,72 +1,136 @@
-"""TensorFlow: our function, and our Keras layer, in `tf.function` against `keras.layers.BatchNormalization`."""
+"""TensorFlow: our Keras layer in `tf.function` against `keras.layers.BatchNormalization`, and against itself with more
+asked of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from .cases import IMAGES, MODES, ROWS, Case, Mode, Pair, Shape, data, parameters
 
+_PEER = "keras.layers in tf.function"
 _LAST = {"eval": 0.72, "train": 0.32, "grad": 0.32}
 _FIRST = {"eval": 1.05, "train": 0.65, "grad": 0.50}
 _ROWS = {"eval": 1.02, "train": 1.02, "grad": 0.95}
+_WEIGHTED = {"eval": 1.1, "train": 2.0, "grad": 2.0}
+_OPTIONS = {"train": 1.5, "grad": 1.5}
+_VALID = 0.75  # of the positions, under a mask
 
 
 def cases() -> Iterator[Case]:
-    """Channels last, axis 1, and rank 2."""
+    """Channels last, axis 1, and rank 2; then options against our own plain call, and what has no bar."""
     for shape in IMAGES:
         for mode in MODES:
-            yield _case(mode, "NHWC", shape, _LAST[mode])
-            yield _case(mode, "NCHW", (shape[0], shape[3], shape[1], shape[2]), _FIRST[mode])
+            yield _case(_PEER, mode, "NHWC", shape, _LAST[mode])
+            yield _case(_PEER, mode, "NCHW", (shape[0], shape[3], shape[1], shape[2]), _FIRST[mode])
     for shape in ROWS:
         for mode in MODES:
             bar = _LAST[mode] if shape == (65536, 64) else _ROWS[mode] if shape == (256, 128) else None
-            yield _case(mode, "NC", shape, bar)
+            yield _case(_PEER, mode, "NC", shape, bar)
+    for shape in IMAGES[:2]:
+        for mode in MODES:
+            for given in ("mask", "weights"):
+                yield _own(given, mode, shape, _WEIGHTED[mode])
+        for mode in MODES[1:]:
+            yield _own("renorm", mode, shape, _OPTIONS[mode], renorm=True)
+            yield _own("ghosts", mode, shape, _OPTIONS[mode], virtual_batch_size=8)
+    for mode in MODES:
+        yield _case("keras.layers with jit_compile", mode, "NHWC", IMAGES[1], None, jit_compile=True)
+        yield _case("keras.layers, eager", mode, "NHWC", IMAGES[1], None, traced=False)
+        yield _case(_PEER, mode, "NHWC", IMAGES[1], None, dtype="float16")
+        yield _case(f"{_PEER}, mean 1e3", mode, "NHWC", IMAGES[1], None, mean=1e3)
 
 
-def _case(mode: Mode, layout: str, shape: Shape, bar: float | None) -> Case:
+def _case(
+    peer: str, mode: Mode, layout: str, shape: Shape, bar: float | None, *, dtype: str = "float32", **options: Any
+) -> Case:
     axis = 1 if layout == "NCHW" else -1
-    return Case(
-        "tensorflow", "keras.layers in tf.function", mode, "float32", layout, shape, bar,
-        partial(_pair, mode, shape, axis),
-    )  # fmt: skip
+    make = partial(_against_keras, mode, shape, axis, dtype, **options)
+    return Case("tensorflow", peer, mode, dtype, layout, shape, bar, make)
 
 
-def _pair(mode: Mode, shape: Shape, axis: int) -> Pair:
+def _own(what: str, mode: Mode, shape: Shape, bar: float, **arguments: Any) -> Case:
+    peer = f"bnlayer without {what}"
+    make = partial(_against_ourselves, what, mode, shape, arguments)
+    return Case("tensorflow", peer, mode, "float32", "NHWC", shape, bar, make)
+
+
+def _against_keras(
+    mode: Mode,
+    shape: Shape,
+    axis: int,
+    dtype: str,
+    *,
+    jit_compile: bool = False,
+    traced: bool = True,
+    mean: float = 0.5,
+) -> Pair:
     import keras
     import tensorflow as tf
 
     import bnlayer_keras
 
-    x, dy = (tf.constant(a) for a in data(shape))
-    values = parameters(shape[axis])
-    functions = []
-    for kind in (bnlayer_keras.BatchNormalization, keras.layers.BatchNormalization):
-        layer = kind(axis=axis)
-        layer.build(shape)
-        for name, value in values.items():
-            getattr(layer, name).assign(value)
-        functions.append(tf.function(partial(_run, layer, mode), reduce_retracing=True))
-
-    def call(function: Any) -> Any:
-        result = function(x, dy)
-        tf.test.experimental.sync_devices()
-        return result
+    x, dy = (tf.constant(a) for a in data(shape, dtype, mean=mean))
+    kinds = (bnlayer_keras.BatchNormalization, keras.layers.BatchNormalization)
+    policy = "float32" if dtype == "float32" else f"mixed_{dtype}"
+    steps = [partial(_run, _layer(kind(axis=axis, dtype=policy), shape), mode) for kind in kinds]
+    if traced:
+        steps = [tf.function(step, jit_compile=jit_compile) for step in steps]
 
     def results() -> Any:
-        return tuple(tuple(part.numpy() for part in function(x, dy)) for function in functions)
+        return tuple(tuple(part.numpy() for part in step(x, dy)) for step in steps)
 
-    return Pair(partial(call, functions[0]), partial(call, functions[1]), results)
+    tolerance = 1e-2 if dtype == "float16" or mean > 1 else 1e-4  # the peer's own
+    return Pair(partial(_timed, steps[0], x, dy), partial(_timed, steps[1], x, dy), results, tolerance)
 
 
-def _run(layer: Any, mode: Mode, x: Any, dy: Any) -> tuple[Any, ...]:
+def _against_ourselves(what: str, mode: Mode, shape: Shape, arguments: dict[str, Any]) -> Pair:
+    import numpy as np
+    import tensorflow as tf
+
+    from bnlayer_keras import BatchNormalization
+    from bnlayer_tensorflow.paths import PATHS
+
+    x, dy = (tf.constant(a) for a in data(shape))
+    chance = np.random.default_rng(2).random(shape[:-1], dtype=np.float32)
+    call = {"mask": {"mask": tf.constant(chance < _VALID)}, "weights": {"weights": tf.constant(chance)}}.get(what, {})
+
+    def step(call: dict[str, Any], **arguments: Any) -> Any:
+        return tf.function(partial(_run, _layer(BatchNormalization(**arguments), shape), mode, **call))
+
+    ours, peer = step(call, **arguments), step({})
+
+    def results() -> Any:
+        with PATHS.forced("composite"):  # the peer computes something else
+            right = step(call, **arguments)(x, dy)
+        return tuple(tuple(part.numpy() for part in parts) for parts in (ours(x, dy), right))
+
+    return Pair(partial(_timed, ours, x, dy), partial(_timed, peer, x, dy), results)
+
+
+def _layer(layer: Any, shape: Shape) -> Any:
+    layer.build(shape)
+    for name, value in parameters(shape[layer.axis]).items():
+        getattr(layer, name).assign(value)
+    return layer
+
+
+def _timed(step: Callable[..., Any], x: Any, dy: Any) -> Any:
+    import tensorflow as tf
+
+    result = step(x, dy)
+    tf.test.experimental.sync_devices()
+    return result
+
+
+def _run(layer: Any, mode: Mode, x: Any, dy: Any, **call: Any) -> tuple[Any, ...]:
     import tensorflow as tf
 
     if mode != "grad":
-        return (layer(x, training=mode == "train"),)
+        return (layer(x, training=mode == "train", **call),)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = layer(x, training=True)
+        y = layer(x, training=True, **call)
     dx, *_ = tape.gradient(y, [x, *layer.trainable_variables], output_gradients=dy)
     return y, dx

@@ -59,9 +59,14 @@ def by_given(
     """
     gain = scale / tf.sqrt(variance + tf.constant(epsilon, variance.dtype))
     constant = tf.stop_gradient(mean)
+    return affine(x, gain, offset - gain * (mean - constant), constant)
+
+
+def affine(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, origin: tf.Tensor) -> tf.Tensor:
+    """(x - origin) scale + offset, in one pass; the origin is a constant."""
     return tf.raw_ops.FusedBatchNormV3(
-        x=x, scale=gain, offset=offset - gain * (mean - constant), mean=constant, variance=tf.fill(mean.shape, 0.5),
-        epsilon=0.5, is_training=False,
+        x=x, scale=scale, offset=offset, mean=origin, variance=tf.fill(origin.shape, 0.5), epsilon=0.5,
+        is_training=False,
     )[0]  # fmt: skip
 
 

@@ -34,16 +34,14 @@ def _able(x: tf.Tensor, call: Call) -> tuple[str, ...]:
     plan = call.plan
     if not _pays() or call.replica is not None or call.adjustment is not None:
         return ("composite",)
-    if plan.ghosted or call.weights is not None or (call.spec.renorm and plan.batch_statistics):
-        return ("composite",)
-    if plan.count == 0:
+    if plan.ghosted or call.weights is not None or plan.count == 0:
         return ("composite",)
     kernel = plan.axis == len(plan.channel_shape) - 1 and x.dtype != tf.float64
     if not plan.batch_statistics:
         return ("fused", "sums", "composite") if kernel else ("sums", "composite")
-    if kernel and _least_epsilon() <= call.spec.epsilon <= np.finfo(np.float32).max:
-        return ("fused", "sums", "composite")
-    return ("sums", "composite")
+    others = ("composite",) if call.spec.renorm else ("sums", "composite")
+    honored = _least_epsilon() <= call.spec.epsilon <= np.finfo(np.float32).max
+    return ("fused", *others) if kernel and honored else others
 
 
 def _pays() -> bool:
