@@ -25,7 +25,7 @@ import numpy as np
 from bnlayer.spec import BatchNormSpec
 
 from .cache import Cache, NDArray, Part, PartGradients, Scaling
-from .layout import ALL, Cut, Layout, Panel, fitted, joined, panels
+from .layout import ALL, Cut, Layout, Panel, fitted, joined, panels, put
 from .sums import Sum
 from .weights import Weights, summed
 
@@ -103,6 +103,7 @@ def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
             np.add(out, fitted(offsets, x), out=out)
             if out is not result:
                 np.copyto(result, out, casting="unsafe")
+    put(target, y[part.rows])
     return True
 
 
@@ -124,12 +125,14 @@ def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) ->
     dgamma, dweights = s2 * _flat(part.r) + s1 * _flat(part.d), None
     if part.proportions is None:
         _scaled(dy, target, cut, scale, arithmetic)
+        put(target, dx[part.rows])
         return PartGradients(dgamma, s1, None)
     at = None if part.weights is None else _positions(part.weights, cache.layout, view, arithmetic)
     p = part.proportions if part.weights is None else 1.0
     slope, constant = p * scaling.rstd * s2, p * (s1 - scaling.rest * scaling.rstd * s2)
     if not _projected(view, dy, target, cut, scaling.shift, slope, constant, scale, at, arithmetic):
         return None
+    put(target, dx[part.rows])
     if part.weights is not None and cache.weights_are_real:
         dweights = _dweights(view, cut, cache, part, scaling, s1, s2, arithmetic)
         if not np.isfinite(dweights).all():
