@@ -8,7 +8,7 @@ from . import kernel
 from .call import Call
 from .renorm import corrections
 from .statistics import Moments
-from .tensors import elements
+from .tensors import elements, number
 
 
 def normalized(
@@ -25,17 +25,17 @@ def normalized(
         count = elements(x) // spec.num_features
         present = None if call.plan.count is not None else tf.size(x) > 0
         if spec.renorm is None:
-            y, *moments = kernel.by_batch(values, scale, offset, spec.epsilon, count)
-            batch = Moments(*moments, present=present)
+            y, shift, rest, variance, unbiased = kernel.by_batch(values, scale, offset, spec.epsilon, count)
+            batch = Moments(shift, rest, variance, unbiased, present)
         else:
             one, zero = tf.ones_like(scale), tf.zeros_like(scale)
-            y, *moments = kernel.by_batch(values, one, zero, spec.epsilon, count)
-            batch = Moments(*moments, present=present)
-            averages = (tf.cast(each, tf.float32) for each in (state.renorm_mean, state.renorm_stddev))
-            r, d = corrections(batch, *averages, spec.epsilon, call.clips)
+            y, shift, rest, variance, unbiased = kernel.by_batch(values, one, zero, spec.epsilon, count)
+            batch = Moments(shift, rest, variance, unbiased, present)
+            mean, stddev = (number(each, tf.float32) for each in (state.renorm_mean, state.renorm_stddev))
+            r, d = corrections(batch, mean, stddev, spec.epsilon, call.clips)
             y = kernel.affine(y, scale * r, scale * d + offset, zero)
     else:
-        mean, variance = (tf.cast(moving, tf.float32) for moving in (state.moving_mean, state.moving_variance))
+        mean, variance = (number(moving, tf.float32) for moving in (state.moving_mean, state.moving_variance))
         y = kernel.by_given(flat, mean, variance, scale, offset, spec.epsilon)
     y = tf.cast(y, x.dtype)
     if x.shape.rank != 4:

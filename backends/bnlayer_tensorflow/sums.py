@@ -17,7 +17,7 @@ from bnlayer.spec import BatchNormSpec
 from .call import Call
 from .derivatives import Tensors, differentiable
 from .statistics import Moments, unbiased
-from .tensors import at_least_one, elements
+from .tensors import at_least_one, elements, number
 
 _NEAR: Final = 4.0  # standard deviations: u |m| gain is then at most 4 times the rounding of y itself
 
@@ -47,7 +47,7 @@ def normalized(
     scale = tf.ones(spec.num_features, work) if gamma is None else gamma
     offset = tf.zeros(spec.num_features, work) if beta is None else beta
     if not call.plan.batch_statistics:
-        mean, variance = (tf.cast(moving, work) for moving in (state.moving_mean, state.moving_variance))
+        mean, variance = (number(moving, work) for moving in (state.moving_mean, state.moving_variance))
         return _by_moving(x, mean, variance, scale, offset, spec), None
     y, shift, rest, variance = _by_batch(x, scale, offset, spec)
     freedom = 1.0 - 1.0 / tf.cast(at_least_one(call.count(x)), tf.float64)
@@ -79,8 +79,7 @@ def _by_batch(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, spec: BatchNorm
         shift = tf.stop_gradient(fold.total(values) / n)
         centered = values - fold.spread(shift)
         rest = fold.total(centered) / n
-        # Nothing cancels: what is subtracted is the square of a rounding error.
-        variance = tf.maximum(fold.total(tf.square(centered)) / n - tf.square(rest), 0.0)
+        variance = fold.total(tf.math.squared_difference(centered, fold.spread(rest))) / n
         gain = scale / tf.sqrt(variance + epsilon)
         y = centered * fold.spread(gain) + fold.spread(offset - rest * gain)
         return (tf.cast(fold.back(y), x.dtype), shift, rest, variance), (centered, rest, variance)
