@@ -22,7 +22,7 @@ from .dtypes import DTYPES, dtype_name
 from .ghosts import by_ghosts
 from .normalization import Channels, by_batch, by_statistics, plain_affine
 from .synchronized import by_replicas, group_of, in_agreement
-from .weights import Weights, read_weights
+from .weights import Weights, check_weights, read_weights
 
 
 def batch_norm(
@@ -128,6 +128,11 @@ def _read(
         assert plan.weights_shape is not None
         weights = weights.reshape([int(length or 0) for length in plan.weights_shape])
     whole = plan.count != 0 and not plan.ghosted
+    asks_nothing = not (plan.batch_statistics or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if weights is not None and whole and asks_nothing:
+        # y is that of the same call without them; only a gradient would have to be kept from what lies under a mask.
+        check_weights(weights)
+        whole = False
     return _Call(
         plan,
         clips,

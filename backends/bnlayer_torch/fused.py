@@ -34,6 +34,7 @@ from .sums import measured
 #   _SHORT (8 + sqrt(count))
 # elements a thread: on the average half of what any sum of so many elements may lose, and 4/3 of it at the worst.
 _SHORT: Final = 5.34
+_ALWAYS_SHORT: Final = 16
 # Up to this ratio of m^2 and v what the kernel finds counts; a constant channel, where its sums drift, has a larger. In
 # a channel of very few different values they may drift too, mean and variance by count/4 roundings at the worst. That
 # is torch.nn's own accuracy; sums that do not (`bnlayer_torch.sums`) take 1.3 to 1.8 times as long as the whole kernel.
@@ -192,9 +193,10 @@ def sums_drift(x: Tensor, axis: int, count: int) -> bool:
     """
     if x.device.type != "cpu" or x.dtype in HALVES:
         return False
+    # An export for any size must not ask for it, and what is compiled may run with fewer threads.
     if not isinstance(count, torch.SymInt) and (
-        count <= 16 or count <= _longest(count)
-    ):  # an export for any size must not ask for it
+        count <= _ALWAYS_SHORT or (not torch.compiler.is_compiling() and count <= _longest(count))
+    ):
         return False
     in_double = x.dtype == torch.float32 and x.is_contiguous() and math.prod(x.shape[axis + 1 :]) > 1
     return not in_double

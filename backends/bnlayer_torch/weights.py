@@ -62,15 +62,13 @@ def read_weights(weights: Tensor, plan: CallPlan) -> Weights:
         InputError: a weight is negative, not finite, or not a real number.
     """
     assert plan.count is not None
-    if weights.dtype.is_complex:
-        raise InputError(f"weights must be real or boolean; got {dtype_name(weights.dtype)}.")
+    _refuse_complex(weights)
     # In double precision 1 - Q/W^2 survives one weight that outweighs the rest; Apple's GPU has none.
     values = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64)
-    valid = (values >= 0) & (values < torch.inf)
     if torch.compiler.is_compiling():
-        values = torch.where(valid, values, torch.nan)
-    elif not bool(valid.all()):
-        raise InputError(f"weights must be finite and not negative; got {values[~valid][0].item()}.")
+        values = torch.where(_valid(values), values, torch.nan)
+    else:
+        _refuse_invalid(values)
     groups = values.shape[plan.axis]
     spread = plan.count // (values.numel() // groups)  # positions of x that one weight stands for
 
@@ -95,3 +93,29 @@ def read_weights(weights: Tensor, plan: CallPlan) -> Weights:
         total=sum_of_relative.detach().reshape(-1),
         real=weights.dtype.is_floating_point,
     )
+
+
+def check_weights(weights: Tensor) -> None:
+    """Check the values of weights that nothing depends on, where they can be looked at.
+
+    Raises:
+        InputError: a weight is negative, not finite, or not a real number.
+    """
+    _refuse_complex(weights)
+    if weights.dtype != torch.bool:
+        _refuse_invalid(weights)
+
+
+def _refuse_complex(weights: Tensor) -> None:
+    if weights.dtype.is_complex:
+        raise InputError(f"weights must be real or boolean; got {dtype_name(weights.dtype)}.")
+
+
+def _valid(values: Tensor) -> Tensor:
+    return (values >= 0) & (values < torch.inf)
+
+
+def _refuse_invalid(values: Tensor) -> None:
+    valid = _valid(values)
+    if not bool(valid.all()):
+        raise InputError(f"weights must be finite and not negative; got {values[~valid][0].item()}.")
