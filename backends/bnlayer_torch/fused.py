@@ -28,12 +28,12 @@ from .orders import Order, order_of
 from .paths import PATHS, can_look
 from .sums import measured
 
-# From this many elements a channel on, the error of a sum that adds one element after the other is no longer small
-# against the error of the rest: on a constant channel it grows like count/4 roundings at the worst, and count/9 on the
-# average (measured). The CPU's kernel gives each thread as many elements. So sums stay short enough up to
+# A sum that adds one element after the other is off by count/4 roundings at the worst, on a channel of one or two values
+# (measured; count/9 on the average). The CPU's kernel gives each thread as many elements. So sums stay within what any
+# sum of so many elements may lose, 8 + sqrt(count) roundings, up to
 #   _SHORT (8 + sqrt(count))
-# elements a thread: on the average half of what any sum of so many elements may lose, and 4/3 of it at the worst.
-_SHORT: Final = 5.34
+# elements a thread.
+_SHORT: Final = 4.0
 _ALWAYS_SHORT: Final = 16
 # Up to this ratio of m^2 and v what the kernel finds counts; a constant channel, where its sums drift, has a larger. In
 # a channel of very few different values they may drift too, mean and variance by count/4 roundings at the worst. That

@@ -12,8 +12,7 @@ from bnlayer.paths import Paths
 # native: torch's kernel in training mode, on x or on x minus its mean.
 # checked: the kernel on x, and again on x minus its mean where its statistics turn out to need that.
 # rows, columns: our own sums over (N, C, L) or (n, C), torch's kernels for the rest.
-# composite: torch's differentiable operations.
-PATHS = Paths("native", "checked", "rows", "columns", "composite")
+PATHS = Paths("native", "checked", "rows", "columns")
 
 
 def can_look(x: Tensor) -> bool:
