@@ -184,8 +184,8 @@ def _projected(
         slopes, constants = panel.spread(slope, arithmetic), panel.spread(constant, arithmetic)
         scales, check = panel.spread(scale, arithmetic), Sum(panel, arithmetic)
         for at in reversed(panel.cuts):
-            x, g = load_x(view[at]), load_dy(dy[at])
-            buffer = load_x.like(x)
+            x, g, result = load_x(view[at]), load_dy(dy[at]), target[at]
+            buffer = result if result.dtype == arithmetic else load_x.like(x)
             if shifts is not None:
                 x = np.subtract(x, fitted(shifts, x), out=buffer)
             np.multiply(x, fitted(slopes, x), out=buffer)
@@ -197,7 +197,7 @@ def _projected(
                 np.multiply(buffer, weights[_all_channels(at)], out=buffer)
                 check.add(buffer)
                 np.subtract(g, buffer, out=buffer)
-            np.multiply(buffer, fitted(scales, x), out=target[at], casting="unsafe")
+            np.multiply(buffer, fitted(scales, x), out=result, casting="unsafe")
         if weights is not None and not np.isfinite(check.channels()).all():
             return False
     return True
