@@ -18,6 +18,8 @@ Trusted numbers lie where neither squares nor scales can leave the range of floa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -25,8 +27,9 @@ import numpy as np
 from bnlayer.spec import BatchNormSpec
 
 from .cache import Cache, NDArray, Part, PartGradients, Scaling
-from .layout import ALL, Cut, Layout, Panel, fitted, joined, panels, put
-from .sums import Sum
+from .layout import ALL, BLOCK_BYTES, Cut, Layout, Panel, fitted, joined, panels, put
+from .sums import Sum, total
+from .threads import shared
 from .weights import Weights, summed
 
 # Variances (plus epsilon) between these keep squares, products and scales of float32 far from its ends, 2**-126 and
@@ -57,12 +60,10 @@ def moments(
     """
     dtype, view = np.dtype(arithmetic), joined(rows)
     at = None if weights is None else _positions(weights, layout, view, dtype)
-    cut = panels(view.shape, dtype.itemsize)
-    small = len(cut) == len(cut[0].cuts) == 1
-    shift = None if small else _shift(view, at, dtype, always=False)
-    found = _moments(view, cut, shift, at, spec, dtype)
+    shift = None if view.nbytes <= BLOCK_BYTES else _shift(view, at, dtype, always=False)
+    found = _moments(view, shift, at, spec, dtype)
     if found is None and shift is None:
-        found = _moments(view, cut, _shift(view, at, dtype, always=True), at, spec, dtype)
+        found = _moments(view, _shift(view, at, dtype, always=True), at, spec, dtype)
     return found
 
 
@@ -90,21 +91,28 @@ def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
         offset += _flat(part.d) if cache.gamma is None else _flat(part.d) * cache.gamma
     if cache.beta is not None:
         offset += cache.beta
-    for panel in reversed(panels(view.shape, arithmetic.itemsize)):  # what `moments` read last is still in a cache
-        loaded = _Loaded(panel, arithmetic)
+    for panel in reversed(panels(view.shape, arithmetic.itemsize, shifted=shift is not None)):  # its end is in a cache
         shifts = None if shift is None else panel.spread(shift, arithmetic)
         scales, offsets = panel.spread(scale, arithmetic), panel.spread(offset, arithmetic)
-        for cut in reversed(panel.cuts):
-            x, result = loaded(view[cut]), target[cut]
-            out = result if result.dtype == arithmetic else loaded.like(result)
-            if shifts is not None:
-                x = np.subtract(x, fitted(shifts, x), out=out)
-            np.multiply(x, fitted(scales, x), out=out)
-            np.add(out, fitted(offsets, x), out=out)
-            if out is not result:
-                np.copyto(result, out, casting="unsafe")
+        shared(panel.cuts, partial(_normalized, view, target, panel, shifts, scales, offsets, arithmetic))
     put(target, y[part.rows])
     return True
+
+
+def _normalized(
+    view: NDArray, target: NDArray, panel: Panel, shifts: NDArray | None, scales: NDArray, offsets: NDArray,
+    arithmetic: np.dtype[Any], cuts: Sequence[Cut],
+) -> None:  # fmt: skip
+    loaded = _Loaded(panel, arithmetic)
+    for cut in reversed(cuts):
+        x, result = loaded(view[cut]), target[cut]
+        out = result if result.dtype == arithmetic else loaded.like(result)
+        if shifts is not None:
+            x = np.subtract(x, fitted(shifts, x), out=out)
+        np.multiply(x, fitted(scales, x), out=out)
+        np.add(out, fitted(offsets, x), out=out)
+        if out is not result:
+            np.copyto(result, out, casting="unsafe")
 
 
 def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) -> PartGradients | None:
@@ -118,7 +126,7 @@ def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) ->
     if cache.layout is None or scaling is None or scale is None:
         return None
     view, dy, target = joined(x[part.rows]), joined(dy[part.rows]), joined(dx[part.rows])
-    cut = panels(view.shape, arithmetic.itemsize)
+    cut = panels(view.shape, arithmetic.itemsize, shifted=scaling.shift is not None)
     s1, s2 = _gradient_sums(view, dy, cut, scaling, arithmetic)
     if not s1.dot(s1) + s2.dot(s2) <= LARGEST_SCALE**2:
         return None
@@ -147,20 +155,27 @@ def _gradient_sums(
     """sum(dy) and sum(dy xhat)."""
     sums, products = [], []
     for panel in cut:
-        load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic)
         shifts = None if scaling.shift is None else panel.spread(scaling.shift, arithmetic)
-        of_dy, of_products = Sum(panel, arithmetic), Sum(panel, arithmetic)
-        for at in panel.cuts:
-            x, g = load_x(view[at]), load_dy(dy[at])
-            buffer = load_x.like(x)
-            if shifts is not None:
-                x = np.subtract(x, fitted(shifts, x), out=buffer)
-            of_dy.add(g)
-            of_products.add(np.multiply(x, g, out=buffer))
-        sums.append(of_dy.channels())
-        products.append(of_products.channels())
+        found = shared(panel.cuts, partial(_panel_gradient_sums, view, dy, panel, shifts, arithmetic))
+        sums.append(total(of_dy for of_dy, _ in found))
+        products.append(total(of_products for _, of_products in found))
     s1 = _joined(sums)
     return s1, (_joined(products) - scaling.rest * s1) * scaling.rstd
+
+
+def _panel_gradient_sums(
+    view: NDArray, dy: NDArray, panel: Panel, shifts: NDArray | None, arithmetic: np.dtype[Any], cuts: Sequence[Cut]
+) -> tuple[NDArray, NDArray]:
+    load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic)
+    of_dy, of_products = Sum(panel, arithmetic), Sum(panel, arithmetic)
+    for at in cuts:
+        x, g = load_x(view[at]), load_dy(dy[at])
+        buffer = load_x.like(x)
+        if shifts is not None:
+            x = np.subtract(x, fitted(shifts, x), out=buffer)
+        of_dy.add(g)
+        of_products.add(np.multiply(x, g, out=buffer))
+    return of_dy.channels(), of_products.channels()
 
 
 def _scaled(dy: NDArray, target: NDArray, cut: tuple[Panel, ...], scale: NDArray, arithmetic: np.dtype[Any]) -> None:
@@ -179,28 +194,37 @@ def _projected(
 ) -> bool:  # fmt: skip
     """dx = scale (dy - w (constant + (x - shift) slope)); False where what lies under a mask has spoilt it."""
     for panel in reversed(cut):  # as in `normalize`
-        load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic)
         shifts = None if shift is None else panel.spread(shift, arithmetic)
         slopes, constants = panel.spread(slope, arithmetic), panel.spread(constant, arithmetic)
-        scales, check = panel.spread(scale, arithmetic), Sum(panel, arithmetic)
-        for at in reversed(panel.cuts):
-            x, g, result = load_x(view[at]), load_dy(dy[at]), target[at]
-            buffer = result if result.dtype == arithmetic else load_x.like(x)
-            if shifts is not None:
-                x = np.subtract(x, fitted(shifts, x), out=buffer)
-            np.multiply(x, fitted(slopes, x), out=buffer)
-            if weights is None:
-                np.subtract(g, buffer, out=buffer)
-                np.subtract(buffer, fitted(constants, x), out=buffer)
-            else:
-                np.add(buffer, fitted(constants, x), out=buffer)
-                np.multiply(buffer, weights[_all_channels(at)], out=buffer)
-                check.add(buffer)
-                np.subtract(g, buffer, out=buffer)
-            np.multiply(buffer, fitted(scales, x), out=result, casting="unsafe")
-        if weights is not None and not np.isfinite(check.channels()).all():
+        scales = panel.spread(scale, arithmetic)
+        arrays = view, dy, target, panel, shifts, slopes, constants, scales, weights, arithmetic
+        if not all(shared(panel.cuts, partial(_panel_projected, *arrays))):
             return False
     return True
+
+
+def _panel_projected(
+    view: NDArray, dy: NDArray, target: NDArray, panel: Panel, shifts: NDArray | None, slopes: NDArray,
+    constants: NDArray, scales: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any], cuts: Sequence[Cut],
+) -> bool:  # fmt: skip
+    load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic)
+    check = Sum(panel, arithmetic)
+    for at in reversed(cuts):
+        x, g, result = load_x(view[at]), load_dy(dy[at]), target[at]
+        buffer = result if result.dtype == arithmetic else load_x.like(x)
+        if shifts is not None:
+            x = np.subtract(x, fitted(shifts, x), out=buffer)
+        np.multiply(x, fitted(slopes, x), out=buffer)
+        if weights is None:
+            np.subtract(g, buffer, out=buffer)
+            np.subtract(buffer, fitted(constants, x), out=buffer)
+        else:
+            np.add(buffer, fitted(constants, x), out=buffer)
+            np.multiply(buffer, weights[_all_channels(at)], out=buffer)
+            check.add(buffer)
+            np.subtract(g, buffer, out=buffer)
+        np.multiply(buffer, fitted(scales, x), out=result, casting="unsafe")
+    return weights is None or bool(np.isfinite(check.channels()).all())
 
 
 def _dweights(
@@ -238,29 +262,15 @@ def _over_channels(block: NDArray, values: NDArray) -> NDArray:
 
 
 def _moments(
-    view: NDArray, cut: tuple[Panel, ...], shift: NDArray | None, weights: NDArray | None, spec: BatchNormSpec,
-    arithmetic: np.dtype[Any],
-) -> tuple[NDArray, NDArray, Scaling] | None:  # fmt: skip
+    view: NDArray, shift: NDArray | None, weights: NDArray | None, spec: BatchNormSpec, arithmetic: np.dtype[Any]
+) -> tuple[NDArray, NDArray, Scaling] | None:
     """`moments` with this shift."""
     sums, squares = [], []
-    for panel in cut:
-        load = _Loaded(panel, arithmetic)
+    for panel in panels(view.shape, arithmetic.itemsize, shifted=shift is not None):
         shifts = None if shift is None else panel.spread(shift, arithmetic)
-        first, second = Sum(panel, arithmetic), Sum(panel, arithmetic)
-        for at in panel.cuts:
-            x = load(view[at])
-            buffer = load.like(x)
-            if shifts is not None:
-                x = np.subtract(x, fitted(shifts, x), out=buffer)
-            if weights is None:
-                first.add(x)
-                second.add(np.multiply(x, x, out=buffer))
-            else:
-                w = weights[_all_channels(at)]
-                first.add_weighted(x, w)
-                second.add_weighted(np.multiply(x, x, out=buffer), w)
-        sums.append(first.channels())
-        squares.append(second.channels())
+        found = shared(panel.cuts, partial(_panel_moments, view, panel, shifts, weights, arithmetic))
+        sums.append(total(first for first, _ in found))
+        squares.append(total(second for _, second in found))
     p = view.shape[2] / view.size if weights is None else 1.0
     rest = _joined(sums) * p
     square = rest * rest
@@ -271,6 +281,28 @@ def _moments(
         return None  # in float32 the squares of such a channel may have vanished, and float64 averages show that
     scaling = _scaling(shift, rest, variance, spec.epsilon)
     return None if scaling is None else (rest if shift is None else shift + rest, variance, scaling)
+
+
+def _panel_moments(
+    view: NDArray, panel: Panel, shifts: NDArray | None, weights: NDArray | None, arithmetic: np.dtype[Any],
+    cuts: Sequence[Cut],
+) -> tuple[NDArray, NDArray]:  # fmt: skip
+    """The sums of x and of its squares, as far as these cuts go."""
+    load = _Loaded(panel, arithmetic)
+    first, second = Sum(panel, arithmetic), Sum(panel, arithmetic)
+    for at in cuts:
+        x = load(view[at])
+        buffer = load.like(x)
+        if shifts is not None:
+            x = np.subtract(x, fitted(shifts, x), out=buffer)
+        if weights is None:
+            first.add(x)
+            second.add(np.multiply(x, x, out=buffer))
+        else:
+            w = weights[_all_channels(at)]
+            first.add_weighted(x, w)
+            second.add_weighted(np.multiply(x, x, out=buffer), w)
+    return first.channels(), second.channels()
 
 
 def _scaling(shift: NDArray | None, rest: NDArray, variance: NDArray, epsilon: float) -> Scaling | None:

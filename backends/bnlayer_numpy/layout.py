@@ -14,12 +14,17 @@ from typing import Any, Final
 
 import numpy as np
 
+from .threads import cores
+
 NDArray = np.ndarray[Any, np.dtype[Any]]
 Cut = tuple[slice, slice, slice, slice]
 
-# Of 2**16, 2**17 and 2**18 this was the fastest, or as fast as 2**17, for float32 in both layouts, on cores with 1 MiB
-# of second-level cache each; 2**16 took a fifth longer.
+# Of 2**16 to 2**19 the first is the fastest on one core with 1 MiB of second-level cache, and the second on two, which
+# then wait for each other half as often (float32, both layouts). That one is taken where what is spread out to a
+# block's size, 2 arrays or 3 with a shift, is small against a result.
 BLOCK_BYTES: Final = 2**18
+SHARED_BLOCK_BYTES: Final = 2**19
+SMALL_AGAINST_RESULT: Final = 12
 # From this number of blocks on, per-channel values are written out to a block's size once, so that every operation runs
 # over plain memory: without broadcasting it takes about half as long.
 SPREAD_FROM: Final = 3
@@ -126,11 +131,13 @@ def put(target: NDArray, view: NDArray) -> None:
 
 
 @lru_cache(maxsize=256)
-def panels(shape: tuple[int, int, int, int], itemsize: int) -> tuple[Panel, ...]:
+def panels(shape: tuple[int, int, int, int], itemsize: int, *, shifted: bool) -> tuple[Panel, ...]:
     """The blocks of a `joined` view of this shape, computed in numbers of this size; each block is adjacent in memory,
     as far as its rows are."""
     n, a, c, b = shape
-    most = BLOCK_BYTES // itemsize
+    spread = SHARED_BLOCK_BYTES * (3 if shifted else 2)
+    large = cores() > 1 and prod(shape) * itemsize >= SMALL_AGAINST_RESULT * spread
+    most = (SHARED_BLOCK_BYTES if large else BLOCK_BYTES) // itemsize
     if c * b <= most:
         if a * c * b <= most:
             rows = _foldable(most // (a * c * b), c)

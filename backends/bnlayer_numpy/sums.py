@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ _HELD: Final = 32  # results of blocks, before they are added up in float64
 class Sum:
     """The sum over the blocks of one panel, for each of its channels.
 
-    Within a block the additions run in the block's dtype. Mostly 64 numbers or fewer go into one such sum (see
+    Within a block the additions run in the block's dtype. Mostly 128 numbers or fewer go into one such sum (see
     `layout.WIDE`); along the axes after the channels it is a block's, but there BLAS adds up 16 or more sums side by
     side.
     """
@@ -85,6 +86,14 @@ class Sum:
         found = np.asarray(np.add.reduce(held, 0, np.float64))
         self._total = found if self._total is None else self._total + found
         self._held = 0
+
+
+def total(parts: Iterable[NDArray]) -> NDArray:
+    """The sum of what several threads have found."""
+    first, *others = parts
+    for other in others:
+        first = first + other
+    return first
 
 
 @lru_cache(maxsize=64)
