@@ -18,7 +18,7 @@ Block = TypeVar("Block")
 Result = TypeVar("Result")
 
 _MOST: Final = 4  # few cores keep the memory busy
-_FEWEST_BLOCKS: Final = 8  # a thread's; handing work over takes as long as one block or two
+_FEWEST_BLOCKS: Final = 4  # a thread's; handing work over takes as long as one block or less
 
 
 def shared(blocks: Sequence[Block], work: Callable[[Sequence[Block]], Result]) -> list[Result]:

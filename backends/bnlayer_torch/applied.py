@@ -10,10 +10,18 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .orders import Order
+from .weights import Shares
 
 
 def by_known(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, epsilon: float, order: Order
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    epsilon: float,
+    order: Order,
+    shares: Shares | None = None,
 ) -> Tensor:
     """gamma (x - m)/sqrt(v + epsilon) + beta, where m and v are x's own: the gradient of x goes through them too.
 
@@ -23,8 +31,11 @@ def by_known(
         mean, variance: (C,) of x's dtype, without gradient.
         epsilon: above 0.
         order: x's.
+        shares: of the positions in m and v; None: they are equal.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma, beta)):
+        if shares is not None:
+            return _by_weighted(x, gamma, beta, mean, variance, shares.relative, shares.total, epsilon, order)
         return _by_known(x, gamma, beta, mean, variance, epsilon, order)
     return _applied(x, gamma, beta, mean, variance, epsilon, order)
 
@@ -65,3 +76,67 @@ class _ByKnown(Function):
 
 
 _by_known: Final[Callable[..., Tensor]] = _ByKnown.apply
+
+
+class _ByWeighted(Function):
+    """With positions' shares p of the whole: dx = gamma/sd (dy - p (S1 + xhat S2)), S1 = sum dy, S2 = sum dy xhat."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        relative: Tensor,
+        total: float,
+        epsilon: float,
+        order: Order,
+    ) -> Tensor:
+        ctx.save_for_backward(x, gamma, mean, variance, relative)
+        ctx.total, ctx.epsilon, ctx.order = total, epsilon, order
+        return _applied(x, gamma, beta, mean, variance, epsilon, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, gamma, mean, variance, relative = ctx.saved_tensors
+        order, shape, total, epsilon = ctx.order, x.shape, ctx.total, ctx.epsilon
+        x, dy = order.merge(x), order.merge(gradients[0])
+        needs_x, needs_gamma, needs_beta = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            dx, dgamma, dbeta = _gradients(x, dy, gamma, mean, relative / total, epsilon)
+        else:
+            dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+                dy, x, gamma, mean, variance, None, None, False, epsilon, (needs_x, True, True)
+            )
+            if needs_x:
+                scale = torch.rsqrt(variance.double() + epsilon).mul_(1.0 / total).to(x.dtype)
+                if gamma is not None:
+                    scale = scale * gamma
+                through = torch.batch_norm(
+                    x, scale * dgamma, scale * dbeta, mean, variance, False, 0.0, epsilon, False
+                )
+                dx = dx.addcmul_(relative, through, value=-1.0)
+        return (
+            order.split(dx, shape) if needs_x else None, dgamma if needs_gamma else None, dbeta if needs_beta else None,
+            None, None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _gradients(
+    x: Tensor, dy: Tensor, gamma: Tensor | None, mean: Tensor, p: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dgamma and dbeta in differentiable operations, of (N, C, L) or (n, C): m and v are x's own here as well."""
+    dims = (0, 2) if x.dim() > 2 else (0,)
+    wide = (1, -1, 1)[: x.dim()]
+    deviation = x - mean.reshape(wide)
+    deviation = deviation - (p * deviation).sum(dims, keepdim=True)
+    rstd = torch.rsqrt((p * torch.square(deviation)).sum(dims, keepdim=True) + epsilon)
+    xhat = deviation * rstd
+    s1, s2 = dy.sum(dims, keepdim=True), (dy * xhat).sum(dims, keepdim=True)
+    scale = rstd if gamma is None else rstd * gamma.reshape(wide)
+    return scale * (dy - p * (s1 + xhat * s2)), s2.reshape(-1), s1.reshape(-1)
+
+
+_by_weighted: Final[Callable[..., Tensor]] = _ByWeighted.apply

@@ -20,9 +20,11 @@ from . import fused
 from .averages import updated
 from .dtypes import DTYPES, dtype_name
 from .ghosts import by_ghosts
-from .normalization import Channels, by_batch, by_statistics, plain_affine
+from .normalization import Channels, by_batch, by_shares, by_statistics, plain_affine
+from .orders import Order
+from .surroundings import around
 from .synchronized import by_replicas, group_of, in_agreement
-from .weights import Weights, check_weights, read_weights
+from .weights import Shares, Weights, check_weights, read_shares, read_weights
 
 
 def batch_norm(
@@ -83,6 +85,16 @@ def batch_norm(
         return y, updated(state, batch, spec, entered) if plan.update else state
     if not plan.batch_statistics or plan.count == 0:
         return _by_moving(x, channels, spec, plan, w), state
+    if call.shares is not None:
+        found = by_shares(x, channels, spec, plan, call.shares, call.clips)
+        if found is not None:
+            y, batch = found
+            after = updated(state, batch, spec) if plan.update else state
+            if isinstance(after.num_updates, int) and plan.update:
+                after = after.replace(num_updates=torch.tensor(after.num_updates, device=x.device))
+            return y, after
+        assert call.weights is not None
+        w = read_weights(call.weights, plan)
     y, batch = by_batch(x, channels, spec, plan, w, call.clips, call.adjustment)
     return y, updated(state, batch, spec, None if w is None else w.present.any()) if plan.update else state
 
@@ -94,7 +106,9 @@ class _Call:
     Attributes:
         plan, clips: as decided by the core.
         weights: of the plan's `weights_shape`, or None.
-        read: the same, checked and related to their total; None also where x is empty or each ghost batch has its own.
+        read: the same, checked and related to their total; None also where x is empty, each ghost batch has its own, or
+            there are shares.
+        shares: the same where few numbers do.
         adjustment: of the plan's arithmetic; None where it does not hold.
     """
 
@@ -102,6 +116,7 @@ class _Call:
     clips: RenormClips
     weights: Tensor | None
     read: Weights | None
+    shares: Shares | None
     adjustment: tuple[Tensor, Tensor] | None
 
 
@@ -133,13 +148,25 @@ def _read(
         # y is that of the same call without them; only a gradient would have to be kept from what lies under a mask.
         check_weights(weights)
         whole = False
+    shares = None
+    if weights is not None and whole:
+        order = _order_of_weighted(x, weights, spec, plan) if adjustment is None else None
+        shares = None if order is None else read_shares(weights, plan, x.shape, order)
     return _Call(
         plan,
         clips,
         weights,
-        read_weights(weights, plan) if weights is not None and whole else None,
+        read_weights(weights, plan) if weights is not None and whole and shares is None else None,
+        shares,
         _read_adjustment(adjustment, DTYPES[plan.arithmetic]) if training else None,
     )
+
+
+def _order_of_weighted(x: Tensor, weights: Tensor, spec: BatchNormSpec, plan: CallPlan) -> Order | None:
+    if not plan.batch_statistics or plan.synchronized or around() not in ("nothing", "recomputation"):
+        return None
+    assert plan.count is not None
+    return fused.weighted_order(x, weights, plan.axis, plan.count, spec.epsilon)
 
 
 def _by_moving(x: Tensor, channels: Channels, spec: BatchNormSpec, plan: CallPlan, weights: Weights | None) -> Tensor:

@@ -87,6 +87,20 @@ def way_of(x: Tensor, axis: int, count: int, epsilon: float) -> Way:
     return NATIVE if path == "native" else CHECKED if path == "checked" else Way(path, order)
 
 
+def weighted_order(x: Tensor, weights: Tensor, axis: int, count: int, epsilon: float) -> Order | None:
+    """x's order, where a batch with these weights can be computed on the path "weighted", and is to be.
+
+    Around the call is nothing, or a recomputation.
+    """
+    differentiable = torch.is_grad_enabled() and weights.requires_grad
+    if count <= 1 or epsilon < _LEAST_EPSILON or differentiable or not (can_look(x) and can_look(weights)):
+        return None
+    order = order_of(x, axis)
+    if order is None or PATHS.chosen("weighted", ("weighted", "composite")) != "weighted":
+        return None
+    return order
+
+
 def from_batch(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, epsilon: float, axis: int, count: int, way: Way
 ) -> tuple[Tensor, Batch]:
@@ -100,7 +114,7 @@ def from_batch(
         count: elements a channel.
         way: for this x.
     """
-    gamma = _paired(gamma, beta)
+    gamma = paired(gamma, beta)
     if way.path == "checked":
         mean = torch.zeros(x.shape[axis], dtype=x.dtype)
         unbiased = torch.zeros_like(mean)
@@ -177,7 +191,7 @@ def from_moving(
     plan: CallPlan,
 ) -> Tensor:
     """y by given statistics; `mean`, `variance`, `gamma` and `beta` are of the plan's arithmetic."""
-    gamma, dtype = _paired(gamma, beta), x.dtype
+    gamma, dtype = paired(gamma, beta), x.dtype
 
     def kernel(x: Tensor) -> Tensor:
         return torch.batch_norm(x, gamma, beta, mean, variance, False, 0.0, epsilon, torch.backends.cudnn.enabled)
@@ -220,7 +234,8 @@ def loses_gradients(x: Tensor) -> bool:
     return x.dtype in HALVES and x.device.type == "cpu" and torch.is_grad_enabled()
 
 
-def _paired(gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
+def paired(gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
+    """gamma, or ones where there is a beta without one."""
     return torch.ones_like(beta) if gamma is None and beta is not None else gamma
 
 

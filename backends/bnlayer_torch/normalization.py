@@ -12,12 +12,14 @@ from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState
 
 from . import fused
+from .applied import by_known
 from .dtypes import DTYPES
 from .renorm import corrections
 from .statistics import Moments, batch_moments
+from .sums import measured
 from .surroundings import around
 from .tensors import held
-from .weights import Weights
+from .weights import Shares, Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,40 @@ def by_batch(
         variance = torch.where(weights.present, variance, moving_variance)
         affine = _where_present(affine, weights, plan)
     return by_statistics(wide, affine, mean, variance, spec.epsilon, plan, weights).to(x.dtype), batch
+
+
+def by_shares(
+    x: Tensor, channels: Channels, spec: BatchNormSpec, plan: CallPlan, shares: Shares, clips: RenormClips
+) -> tuple[Tensor, Moments] | None:
+    """As `by_batch` of x with these shares; None where what x holds, seen or hidden, is too much for it."""
+    assert plan.count is not None
+    wide = x.to(DTYPES[plan.arithmetic])  # once, so that a half x's gradients add up in float32
+    found = measured(wide, shares.order, plan.count, shares)
+    if found is None or (shares.hides and torch.is_grad_enabled() and not _squares_of_xhat_are_finite(wide)):
+        return None
+    mean, variance = found
+    batch = Moments(mean, variance, variance * shares.bessel)
+    gamma, beta = _corrected(channels, spec, batch, clips)
+    y = by_known(wide, gamma, beta, mean, variance, spec.epsilon, shares.order, shares)
+    return y.to(x.dtype), batch
+
+
+def _squares_of_xhat_are_finite(x: Tensor) -> bool:
+    # The gradient of what is under a mask has 0 times its xhat times another's in it.
+    low, high = torch.aminmax(x)
+    return max(-low.item(), high.item()) < torch.finfo(x.dtype).max ** 0.25
+
+
+def _corrected(
+    channels: Channels, spec: BatchNormSpec, batch: Moments, clips: RenormClips
+) -> tuple[Tensor | None, Tensor | None]:
+    """gamma' and beta' of gamma (xhat r + d) + beta = xhat gamma' + beta'; no beta' without a gamma'."""
+    gamma, beta = channels.gamma, channels.beta
+    if spec.renorm is not None:
+        r, d = corrections(batch, *channels.renorm, spec.epsilon, clips)
+        moved = d if gamma is None else gamma * d
+        return r if gamma is None else gamma * r, moved if beta is None else moved + beta
+    return fused.paired(gamma, beta), beta
 
 
 def _fused(

@@ -33,6 +33,11 @@ class Order:
         moved = x if self.axis == self.place else x.movedim(self.axis, self.place)
         return moved.reshape(self.merged).contiguous()
 
+    def positions(self, values: Tensor) -> Tensor:
+        """Values of x's rank, 1 long on the channel axis and broadcastable to x, as (N, 1, L) or (n, 1)."""
+        moved = values if self.axis == self.place else values.movedim(self.axis, self.place)
+        return moved.reshape(self.merged[0], 1, *self.merged[2:])
+
     def split(self, merged: Tensor, shape: torch.Size) -> Tensor:
         """One of `merged` back in the shape and the order of memory that it came from."""
         if self.axis == self.place:

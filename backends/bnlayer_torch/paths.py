@@ -12,7 +12,8 @@ from bnlayer.paths import Paths
 # native: torch's kernel in training mode, on x or on x minus its mean.
 # checked: the kernel on x, and again on x minus its mean where its statistics turn out to need that.
 # rows, columns: our own sums over (N, C, L) or (n, C), torch's kernels for the rest.
-PATHS = Paths("native", "checked", "rows", "columns")
+# weighted: with weights, our own sums and torch's kernels for the rest. composite: in differentiable operations.
+PATHS = Paths("native", "checked", "rows", "columns", "weighted", "composite")
 
 
 def can_look(x: Tensor) -> bool:

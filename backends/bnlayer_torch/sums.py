@@ -8,12 +8,15 @@ processor's caches, and ten of them would take as long as a pass over ten megaby
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from .orders import Order
+from .weights import Shares
 
 # A sum over a row of this many elements, in vectors of 8 at the least, adds at most 2048 in a lane.
 _LONGEST_ROW: Final = 1 << 14
@@ -27,23 +30,28 @@ _RATIO_OF_ROWS: Final = 4.0
 _RATIO_OF_COLUMNS: Final = 1e5
 
 
-def measured(x: Tensor, order: Order, count: int) -> tuple[Tensor, Tensor] | None:
+def measured(x: Tensor, order: Order, count: int, shares: Shares | None = None) -> tuple[Tensor, Tensor] | None:
     """The batch's mean and biased variance, (C,) of x's dtype, without gradient.
 
-    None where x is not finite, or too large to be squared.
+    None where x is not finite, or too large to be squared; with shares also what has none.
 
     Args:
         x: float32 or float64.
         order: x's.
         count: elements a channel, at least two.
+        shares: of the positions; None: they are equal.
     """
     x = order.merge(x.detach())
-    of, most = (_of_columns, _RATIO_OF_COLUMNS) if order.innermost else (_of_rows, _RATIO_OF_ROWS)
+    of: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    if shares is not None:
+        of, most = partial(_of_shares, shares), _RATIO_OF_ROWS
+    else:
+        of, most = (_of_columns, _RATIO_OF_COLUMNS) if order.innermost else (_of_rows, _RATIO_OF_ROWS)
     mean, variance = of(x, count)
     if _accurate(mean, variance, most):
         return mean.to(x.dtype), variance.to(x.dtype)
     # About the mean; and about the one value where there is just one, so that its variance is 0 and not a rounding.
-    first = x[0] if order.innermost else x[0, :, 0]
+    first = (x if order.innermost else x.transpose(1, 2).flatten(0, 1))[0 if shares is None else shares.first]
     near = mean.to(x.dtype)
     same = (first - near).abs() <= math.isqrt(count) * torch.finfo(x.dtype).eps * near.abs()
     shift = torch.where(same, first, near)
@@ -54,6 +62,19 @@ def measured(x: Tensor, order: Order, count: int) -> tuple[Tensor, Tensor] | Non
 def _accurate(mean: Tensor, variance: Tensor, most: float) -> bool:
     lowest, highest = torch.aminmax(torch.square(mean).sub_(variance, alpha=most))
     return highest.item() <= 0 and lowest.item() > -torch.inf  # and not, if one is no number
+
+
+def _of_shares(shares: Shares, x: Tensor, _: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of (N, C, L) or (n, C), in double precision.
+
+    torch's sums along one axis are cascades, so there are no long ones. What is not finite shows, as 0 times it is NaN.
+    """
+    part = x * shares.relative
+    total = part.sum(-1).sum(0, dtype=torch.float64) if x.dim() > 2 else part.sum(0).double()
+    part.mul_(x)
+    squares = part.sum(-1).sum(0, dtype=torch.float64) if x.dim() > 2 else part.sum(0).double()
+    mean = total / shares.total
+    return mean, (squares / shares.total).addcmul_(mean, mean, value=-1.0).clamp_(min=0.0)
 
 
 def _of_rows(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

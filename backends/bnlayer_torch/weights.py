@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from bnlayer.call import CallPlan
 from bnlayer.errors import InputError
 
 from .dtypes import DTYPES, dtype_name
+from .orders import Order
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,75 @@ def read_weights(weights: Tensor, plan: CallPlan) -> Weights:
         total=sum_of_relative.detach().reshape(-1),
         real=weights.dtype.is_floating_point,
     )
+
+
+# Below it a variance hangs on roundings of the largest weight.
+_LEAST_REST: Final = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """Weights that carry no gradient, as few numbers as a batch's sums need.
+
+    Attributes:
+        relative: w over the largest, of the arithmetic's dtype: (N, 1, L) or (n, 1), as the order has x's positions.
+        total: their sum.
+        bessel: what makes the biased variance unbiased.
+        hides: whether there are positions without weight.
+        order: x's.
+    """
+
+    relative: Tensor
+    total: float
+    bessel: float
+    hides: bool
+    order: Order
+
+    @property
+    def first(self) -> int:
+        """The first position that has weight."""
+        return int(torch.argmax((self.relative > 0).flatten().byte()))
+
+
+def read_shares(weights: Tensor, plan: CallPlan, shape: torch.Size, order: Order) -> Shares | None:
+    """Check the weights' values and relate them to the largest, with few operations; None where there is next to none
+    but one position's.
+
+    Args:
+        weights: of x's rank, 1 on the channel axis; without gradient, and to be looked at.
+        plan: of the call.
+        shape, order: x's.
+
+    Raises:
+        InputError: as `read_weights`.
+    """
+    _refuse_complex(weights)
+    assert plan.count is not None
+    spread = plan.count // weights.numel()
+    dtype = DTYPES[plan.arithmetic]
+    relative = weights.detach()
+    if weights.dtype == torch.bool:
+        seen = int(torch.count_nonzero(relative))
+        relative = relative.to(dtype)
+        total = squares = float(seen * spread)
+        hides = seen < weights.numel()
+    else:
+        low, high = (bound.item() for bound in torch.aminmax(relative))
+        if not (low >= 0 and high < torch.inf):
+            _refuse_invalid(weights)
+        if high == 0:
+            return None
+        wide = relative.to(torch.promote_types(weights.dtype, dtype))
+        relative = (wide / high).to(dtype)
+        # Of what was rounded, so that the mean lies between the values.
+        total = relative.sum(dtype=torch.float64).item() * spread
+        squares = torch.linalg.vector_norm(relative, dtype=torch.float64).item() ** 2 * spread
+        hides = low / high < torch.finfo(dtype).tiny
+    rest = 1.0 - squares / total**2 if total else 0.0
+    if rest < _LEAST_REST:
+        return None
+    positions = [1 if i == plan.axis else length for i, length in enumerate(shape)]
+    return Shares(order.positions(relative.expand(positions)), total, 1.0 / rest, hides, order)
 
 
 def check_weights(weights: Tensor) -> None:

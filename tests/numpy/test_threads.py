@@ -81,7 +81,7 @@ def test_an_error_on_another_thread_is_raised_here_when_all_have_ended(cores: py
 
 def test_few_blocks_stay_on_one_thread(cores: pytest.MonkeyPatch) -> None:
     use(cores, 4)
-    assert len(threads.shared(range(15), len)) == 1
+    assert len(threads.shared(range(7), len)) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
