@@ -114,9 +114,7 @@ class _ByWeighted(Function):
                 scale = torch.rsqrt(variance.double() + epsilon).mul_(1.0 / total).to(x.dtype)
                 if gamma is not None:
                     scale = scale * gamma
-                through = torch.batch_norm(
-                    x, scale * dgamma, scale * dbeta, mean, variance, False, 0.0, epsilon, False
-                )
+                through = torch.batch_norm(x, scale * dgamma, scale * dbeta, mean, variance, False, 0.0, epsilon, False)
                 dx = dx.addcmul_(relative, through, value=-1.0)
         return (
             order.split(dx, shape) if needs_x else None, dgamma if needs_gamma else None, dbeta if needs_beta else None,

@@ -37,9 +37,10 @@ class TorchBackend:
     def build(self, spec: BatchNormSpec, state: BatchNormState[NDArray] | None = None, *, device: Any = None) -> Module:
         require("torch", "torch")
         from .bridge import write_state
+        from .devices import checked
         from .layer import BatchNorm
 
-        layer = BatchNorm(spec, device=device)
+        layer = BatchNorm(spec, device=checked(device))
         if state is not None:
             write_state(layer, state, spec)
         return layer

@@ -28,9 +28,9 @@ from .orders import Order, order_of
 from .paths import PATHS, can_look
 from .sums import measured
 
-# A sum that adds one element after the other is off by count/4 roundings at the worst, on a channel of one or two values
-# (measured; count/9 on the average). The CPU's kernel gives each thread as many elements. So sums stay within what any
-# sum of so many elements may lose, 8 + sqrt(count) roundings, up to
+# A sum that adds one element after the other is off by count/4 roundings at the worst, on a channel of one or two
+# values (measured; count/9 on the average). The CPU's kernel gives each thread as many elements. So sums stay within
+# what any sum of so many elements may lose, 8 + sqrt(count) roundings, up to
 #   _SHORT (8 + sqrt(count))
 # elements a thread.
 _SHORT: Final = 4.0

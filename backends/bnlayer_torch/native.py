@@ -85,6 +85,7 @@ class TorchNN:
         require("torch", "torch")
         self._refuse(spec)
         from .bridge import write_state
+        from .devices import checked
         from .dtypes import DTYPES
         from .native_layer import AnyRank
 
@@ -95,7 +96,7 @@ class TorchNN:
             affine=spec.scale,
             bias=spec.center,
             track_running_stats=spec.track_moving_stats,
-            device=device,
+            device=checked(device),
             dtype=DTYPES[spec.param_dtype],
         )
         self._words[layer] = {name: getattr(spec, name) for name in _WORDS}

@@ -154,7 +154,7 @@ def by_shares(
 def _squares_of_xhat_are_finite(x: Tensor) -> bool:
     # The gradient of what is under a mask has 0 times its xhat times another's in it.
     low, high = torch.aminmax(x)
-    return max(-low.item(), high.item()) < torch.finfo(x.dtype).max ** 0.25
+    return bool(max(-low.item(), high.item()) < torch.finfo(x.dtype).max ** 0.25)
 
 
 def _corrected(
