@@ -64,7 +64,7 @@ def command(
         if file is not None and not file.parent.is_dir():
             raise click.BadParameter(f"{file}: there is no such folder; create it first.", param_hint=option)
     vectors, checks = _chosen(pattern)  # before the frameworks are imported, which takes long
-    targets = _targets(names, native)
+    targets = _targets(names, native, device)
     # What is no terminal has no width: a table in a file or a pipe is as wide as its targets need.
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH)
     results: list[Result] = []
@@ -81,7 +81,7 @@ def command(
     sys.exit(1 if failed or asked_but_absent or not any(t.ready for t in targets) else 0)
 
 
-def _targets(names: tuple[str, ...], native: bool) -> list[Target]:
+def _targets(names: tuple[str, ...], native: bool, device: str | None) -> list[Target]:
     from bnlayer import registry
 
     from .runner import find
@@ -90,7 +90,7 @@ def _targets(names: tuple[str, ...], native: bool) -> list[Target]:
     if native:
         chosen += registry.known(registry.NATIVE)
     try:
-        return [find(name, registry.backend) for name in dict.fromkeys(chosen)]
+        return [find(name, registry.backend, device) for name in dict.fromkeys(chosen)]
     except UnknownBackend as error:
         raise click.UsageError(str(error)) from error
 

@@ -30,14 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Refuse an unknown name at once: one line, exit code 4."""
     try:
         for name in _names(config):
-            _target(name)
+            _target(name, config.getoption("--device"))
     except UnknownBackend as error:
         raise pytest.UsageError(f"--backend: {error}") from error
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     """Which backends are here, and why the others are not."""
-    found = [_target(name) for name in _names(config)]
+    found = [_target(name, config.getoption("--device")) for name in _names(config)]
     return "bnlayer backends: " + "; ".join(
         f"{t.name} {t.version}" if t.ready else f"{t.name} ABSENT ({t.reason})" for t in found
     )
@@ -52,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def target(request: pytest.FixtureRequest) -> Target:
     """A backend that is ready."""
-    found = _target(request.param)
+    found = _target(request.param, request.config.getoption("--device"))
     if not found.ready:
         if request.config.getoption("--strict-backends"):
             pytest.fail(found.reason, pytrace=False)
@@ -74,5 +74,5 @@ def _names(config: pytest.Config) -> list[str]:
 
 
 @cache
-def _target(name: str) -> Target:
-    return find(name, registry.backend)
+def _target(name: str, device: str | None) -> Target:
+    return find(name, registry.backend, device)

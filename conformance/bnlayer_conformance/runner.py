@@ -10,7 +10,7 @@ import numpy as np
 
 import bnlayer.errors
 from bnlayer.contract import Backend, Call, NativeBackend, Outcome, Request
-from bnlayer.errors import BackendUnavailable, BatchNormError
+from bnlayer.errors import BackendUnavailable, BatchNormError, UnsupportedError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, array_names
 
@@ -55,13 +55,24 @@ class Target:
         return self.backend is not None
 
 
-def find(name: str, load: Callable[[str], Backend]) -> Target:
-    """The target of this name; absent with its reason if its framework cannot be imported."""
+def find(name: str, load: Callable[[str], Backend], device: Any = None) -> Target:
+    """The target of this name; absent with its reason if its framework cannot be imported, or lacks the device."""
     try:
         backend = load(name)
-        return Target(name, backend, version=backend.version())
-    except BackendUnavailable as error:
+        target = Target(name, backend, version=backend.version())
+        if device is not None:
+            _try(backend, device)
+        return target
+    except (BackendUnavailable, UnsupportedError) as error:
         return Target(name, None, reason=str(error))
+
+
+def _try(backend: Backend, device: Any) -> None:
+    """Build one layer there, so that an absent device is said once, and not by every vector."""
+    plain = BatchNormSpec(2), BatchNormSpec(2, axis=1, moving_variance_estimator="unbiased")
+    spec = next((spec for spec in plain if backend.unsupported(spec) is None), None)
+    if spec is not None:
+        backend.build(spec, device=device)
 
 
 def run(vectors: Sequence[Vector], target: Target, device: Any = None) -> Iterator[Result]:
