@@ -71,8 +71,14 @@ def _try(backend: Backend, device: Any) -> None:
     """Build one layer there, so that an absent device is said once, and not by every vector."""
     plain = BatchNormSpec(2), BatchNormSpec(2, axis=1, moving_variance_estimator="unbiased")
     spec = next((spec for spec in plain if backend.unsupported(spec) is None), None)
-    if spec is not None:
+    if spec is None:
+        return
+    try:
         backend.build(spec, device=device)
+    except UnsupportedError:
+        raise
+    except Exception:  # a stranger's backend may raise anything; that is for the vectors to show
+        return
 
 
 def run(vectors: Sequence[Vector], target: Target, device: Any = None) -> Iterator[Result]:
