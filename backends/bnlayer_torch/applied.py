@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .orders import Order
+from .orders import Order, in_blocks
 from .weights import Shares
 
 
@@ -114,8 +114,11 @@ class _ByWeighted(Function):
                 scale = torch.rsqrt(variance.double() + epsilon).mul_(1.0 / total).to(x.dtype)
                 if gamma is not None:
                     scale = scale * gamma
-                through = torch.batch_norm(x, scale * dgamma, scale * dbeta, mean, variance, False, 0.0, epsilon, False)
-                dx = dx.addcmul_(relative, through, value=-1.0)
+                of_xhat, offset = scale * dgamma, scale * dbeta
+                cut = (in_blocks(dx), in_blocks(relative, like=dx), in_blocks(x))
+                for some, its_relative, its_x in zip(*cut, strict=True):
+                    through = torch.batch_norm(its_x, of_xhat, offset, mean, variance, False, 0.0, epsilon, False)
+                    some.addcmul_(its_relative, through, value=-1.0)
         return (
             order.split(dx, shape) if needs_x else None, dgamma if needs_gamma else None, dbeta if needs_beta else None,
             None, None, None, None, None, None,

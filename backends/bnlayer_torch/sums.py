@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .orders import Order
+from .orders import Order, in_blocks
 from .weights import Shares
 
 # A sum over a row of this many elements, in vectors of 8 at the least, adds at most 2048 in a lane.
@@ -69,10 +69,13 @@ def _of_shares(shares: Shares, x: Tensor, _: int) -> tuple[Tensor, Tensor]:
 
     torch's sums along one axis are cascades, so there are no long ones. What is not finite shows, as 0 times it is NaN.
     """
-    part = x * shares.relative
-    total = part.sum(-1).sum(0, dtype=torch.float64) if x.dim() > 2 else part.sum(0).double()
-    part.mul_(x)
-    squares = part.sum(-1).sum(0, dtype=torch.float64) if x.dim() > 2 else part.sum(0).double()
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    along = -1 if x.dim() > 2 else 0
+    for some, of_some in zip(in_blocks(x), in_blocks(shares.relative, like=x), strict=True):
+        part = some * of_some
+        total += part.sum(along).view(-1, x.shape[1]).sum(0, dtype=torch.float64)
+        squares += part.mul_(some).sum(along).view(-1, x.shape[1]).sum(0, dtype=torch.float64)
     mean = total / shares.total
     return mean, (squares / shares.total).addcmul_(mean, mean, value=-1.0).clamp_(min=0.0)
 
