@@ -143,6 +143,33 @@ def from_batch(
     return y, (mean if shift is None else mean + shift.reshape(-1), unbiased * ((count - 1) / count))
 
 
+def statistics(x: Tensor, axis: int, count: int, epsilon: float) -> tuple[Order, Batch] | None:
+    """x's order and its batch's statistics, for `by_known`; None where only `from_batch` has them.
+
+    Around the call is nothing, or a recomputation.
+
+    Args:
+        x: float32 or float64 with at least two elements a channel.
+        axis: the channel axis.
+        count: elements a channel.
+        epsilon: what will be added to the variance.
+    """
+    order = order_of(x, axis) if epsilon >= _LEAST_EPSILON and can_look(x) else None
+    if order is None:
+        return None
+    path = way_of(x, axis, count, epsilon).path
+    if path in ("rows", "columns"):
+        batch = measured(x, order, count)
+        return None if batch is None else (order, batch)
+    if path == "native" and sums_drift(x, axis, count):
+        return None
+    mean, variance = torch.ops.aten.batch_norm_update_stats(order.merge(x.detach()), None, None, 0.0)
+    if path == "native" or torch.square(mean).sub_(variance, alpha=_RATIO_CHECKED).amax().item() <= 0:
+        return order, (mean, variance)
+    batch = measured(x, order, count)
+    return None if batch is None else (order, batch)
+
+
 def checked(
     x: Tensor,
     gamma: Tensor | None,
