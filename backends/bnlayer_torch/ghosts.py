@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,9 +16,16 @@ from torch import Tensor
 from bnlayer.call import CallPlan, RenormClips
 from bnlayer.spec import BatchNormSpec
 
-from .normalization import Channels, by_batch
+from .normalization import Channels, by_batch, corrected, known
+from .orders import order_of
+from .paths import PATHS, can_look
+from .pieces import Pieces, by_pieces
 from .statistics import Moments
+from .surroundings import around
 from .weights import Weights, read_weights
+
+# Elements of a ghost batch from which on copying all into foldings takes longer than the operations of each.
+_LARGE: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,11 @@ def by_ghosts(
     `weights` have the plan's `weights_shape`.
     """
     ghosts = ghosts_of(x.shape[0], plan, spec)
+    if weights is None and around() in ("nothing", "recomputation"):
+        pieces = _pieces_of(x, ghosts, plan)
+        found = None if pieces is None else _by_pieces(x, pieces, channels, spec, plan, clips)
+        if found is not None:
+            return *found, None
     plans, foldings = ghosts.plans(plan), ghosts.split(x)
     given: list[Weights | None] = [None] * len(plans)
     shares = [x.new_full((k,), rows / x.shape[0], dtype=channels.arithmetic) for k, rows in ghosts.sizes]
@@ -124,6 +137,52 @@ def by_ghosts(
         ys.append(y)
         parts.append(part)
     return ghosts.join(ys), _combined(parts, torch.cat(shares), spec.num_features), entered
+
+
+def _pieces_of(x: Tensor, ghosts: Ghosts, plan: CallPlan) -> Pieces | None:
+    """How to cut x, where that is the path to take."""
+    sizes = tuple(rows for k, rows in ghosts.sizes for _ in range(k))
+    in_row = x.numel() // (x.shape[0] * plan.channel_shape[plan.axis])
+    if ghosts.rows * in_row <= 1 or (ghosts.strided and ghosts.larger) or not can_look(x):
+        return None
+    order = order_of(x, plan.axis)
+    if order is None:
+        return None
+    # Strided foldings of channels that are not innermost are views.
+    copied = order.innermost and in_row > 1 if ghosts.strided else True
+    fastest = "pieces" if copied and x.numel() >= _LARGE * len(sizes) else "foldings"
+    if PATHS.chosen(fastest, ("pieces", "foldings")) == "foldings":
+        return None
+    return Pieces(order, x.shape, sizes, ghosts.strided)
+
+
+def _by_pieces(
+    x: Tensor, pieces: Pieces, channels: Channels, spec: BatchNormSpec, plan: CallPlan, clips: RenormClips
+) -> tuple[Tensor, Moments] | None:
+    """As `by_ghosts`; None where a ghost batch's statistics come as those of its folding only."""
+    wide = x.to(channels.arithmetic)  # once, so that a half x's gradients add up in float32
+    parts = pieces.cut(wide.detach())
+    found = []
+    for part in parts:
+        its = known(part, 1, part.numel() // spec.num_features, spec.epsilon)
+        if its is None:
+            return None
+        _, batch = its
+        found.append((batch, *corrected(channels, spec, batch, clips)))
+    batches, gammas, betas = zip(*found, strict=True)
+    means, variances = (torch.stack([getattr(b, name) for b in batches]) for name in ("mean", "variance"))
+    y = by_pieces(
+        wide,
+        parts,
+        pieces,
+        None if gammas[0] is None else torch.stack(gammas),
+        None if betas[0] is None else torch.stack(betas),
+        means,
+        variances,
+        spec.epsilon,
+    )
+    shares = torch.tensor(pieces.sizes, dtype=channels.arithmetic) / x.shape[0]
+    return y.to(x.dtype), _combined(batches, shares, spec.num_features)
 
 
 def _shares(weights: Sequence[Weights]) -> tuple[list[Tensor], Tensor]:

@@ -121,10 +121,11 @@ def by_batch(
         return y.to(x.dtype), batch
     wide = x.to(DTYPES[plan.arithmetic])  # once, so that a half x's gradients add up in float32
     if fusible and adjustment is None and around() in ("nothing", "recomputation"):
-        known = _known(wide, spec, plan)
-        if known is not None:
-            order, batch = known
-            gamma, beta = _corrected(channels, spec, batch, clips)
+        assert plan.count is not None
+        found = known(wide, plan.axis, plan.count, spec.epsilon)
+        if found is not None:
+            order, batch = found
+            gamma, beta = corrected(channels, spec, batch, clips)
             y = by_known(wide, gamma, beta, batch.mean, batch.variance, spec.epsilon, order)
             return y.to(x.dtype), batch
     # Of a trace the ONNX exporter keeps the kernel's y only, and renorm needs the statistics.
@@ -154,7 +155,7 @@ def by_shares(
         return None
     mean, variance = found
     batch = Moments(mean, variance, variance * shares.bessel)
-    gamma, beta = _corrected(channels, spec, batch, clips)
+    gamma, beta = corrected(channels, spec, batch, clips)
     y = by_known(wide, gamma, beta, mean, variance, spec.epsilon, shares.order, shares)
     return y.to(x.dtype), batch
 
@@ -165,7 +166,7 @@ def _squares_of_xhat_are_finite(x: Tensor) -> bool:
     return bool(max(-low.item(), high.item()) < torch.finfo(x.dtype).max ** 0.25)
 
 
-def _corrected(
+def corrected(
     channels: Channels, spec: BatchNormSpec, batch: Moments, clips: RenormClips
 ) -> tuple[Tensor | None, Tensor | None]:
     """gamma' and beta' of gamma (xhat r + d) + beta = xhat gamma' + beta'; no beta' without a gamma'."""
@@ -177,13 +178,13 @@ def _corrected(
     return fused.paired(gamma, beta), beta
 
 
-def _known(x: Tensor, spec: BatchNormSpec, plan: CallPlan) -> tuple[Order, Moments] | None:
-    assert plan.count is not None
-    found = fused.statistics(x, plan.axis, plan.count, spec.epsilon)
+def known(x: Tensor, axis: int, count: int, epsilon: float) -> tuple[Order, Moments] | None:
+    """See `fused.statistics`."""
+    found = fused.statistics(x, axis, count, epsilon)
     if found is None:
         return None
     order, (mean, variance) = found
-    return order, Moments(mean, variance, variance * (plan.count / (plan.count - 1)))
+    return order, Moments(mean, variance, variance * (count / (count - 1)))
 
 
 def _fused(

@@ -9,7 +9,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-
 _BLOCK: Final = 1 << 20
 
 
@@ -62,7 +61,7 @@ def in_blocks(values: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
         like: cut at the same places as this one.
     """
     whole = values if like is None else like
-    return values.split(max(1, len(whole) * _BLOCK // max(1, whole.numel())))
+    return torch.split(values, max(1, len(whole) * _BLOCK // max(1, whole.numel())))
 
 
 def order_of(x: Tensor, axis: int) -> Order | None:

@@ -13,7 +13,8 @@ from bnlayer.paths import Paths
 # checked: the kernel on x, and again on x minus its mean where its statistics turn out to need that.
 # rows, columns: our own sums over (N, C, L) or (n, C), torch's kernels for the rest.
 # weighted: with weights, our own sums and torch's kernels for the rest. composite: in differentiable operations.
-PATHS = Paths("native", "checked", "rows", "columns", "weighted", "composite")
+# pieces, foldings: ghost batches one after the other, or as channels of their own.
+PATHS = Paths("native", "checked", "rows", "columns", "weighted", "composite", "pieces", "foldings")
 
 
 def can_look(x: Tensor) -> bool:

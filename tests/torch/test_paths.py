@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bnlayer_torch
-from bnlayer import BatchNormSpec, BatchNormState
+from bnlayer import BatchNormSpec, BatchNormState, InputError, Renorm
 from bnlayer_conformance import runner
 from bnlayer_conformance.vector import load
 from bnlayer_torch.backend import BACKEND
@@ -30,7 +30,9 @@ def found(x: Any, state: Any, spec: BatchNormSpec) -> Any:
     return batch_norm(x, state, spec, training=True)
 
 
-@pytest.mark.parametrize("path", ["native", "checked", "rows", "columns"])
+@pytest.mark.parametrize(
+    "path", ["native", "checked", "rows", "columns", "weighted", "composite", "pieces", "foldings"]
+)
 def test_every_vector_holds_on_every_path(path: str) -> None:
     with PATHS.forced(path) as taken:
         results = [runner.run_vector(vector, BACKEND) for vector in load()]
@@ -259,3 +261,174 @@ def test_autocast_does_not_round_the_sums() -> None:
         module(x)
     assert taken["rows"] == 1
     torch.testing.assert_close(module.running_mean, 0.1 * x.double().mean((0, 2, 3)).float(), rtol=1e-6, atol=1e-6)
+
+
+WEIGHTED_IMAGES: Any = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("layout", [*WEIGHTED_IMAGES, "rows"])
+def test_weighted_statistics_on_both_sides_of_the_guard(layout: str, boolean: bool) -> None:
+    every = told("rows" if layout != "rows" else "columns")
+    draw = np.random.default_rng(3).uniform(0, 1, len(every)).astype(np.float32)
+    weights = draw > 0.3 if boolean else np.where(draw > 0.1, draw, 0)
+    for flat in [every, *(every[:, i : i + 1].copy() for i in range(every.shape[1]))]:
+        count, channels = flat.shape
+        p = weights.astype(np.float64) / weights.astype(np.float64).sum()
+        wide = flat.astype(np.float64)
+        mean = p @ wide
+        variance = p @ (wide - mean) ** 2
+        spec = BatchNormSpec(channels, axis=1, decay=0.0, moving_variance_estimator="biased")
+        ones = torch.ones(channels)
+        state: Any = BatchNormState(gamma=ones, beta=0 * ones, moving_mean=ones, moving_variance=ones)
+        x, w = laid_out(flat, "columns"), torch.from_numpy(weights)
+        if layout != "rows":
+            x = laid_out(flat, "rows").contiguous(memory_format=WEIGHTED_IMAGES[layout])
+            w = w.reshape(IMAGES[0], *IMAGES[2:])
+        with PATHS.forced() as taken:
+            y, after = batch_norm(x, state, spec, training=True, weights=w)
+        assert dict(taken) == {"weighted": 1}
+        assert int(after.num_updates) == 1
+        # The bounds of bnlayer_conformance.bounds.
+        ku = (8 + count**0.5) * 2.0**-24
+        rms, sd = np.sqrt(mean**2 + variance), np.sqrt(variance + spec.epsilon)
+        assert (np.abs(after.moving_mean.numpy() - mean) <= ku * rms + 1e-38).all()
+        assert (np.abs(after.moving_variance.numpy() - variance) <= ku * variance + (ku * rms) ** 2 + 1e-38).all()
+        xhat = (wide - mean) / sd
+        error = np.abs(y.movedim(1, -1).reshape(count, -1).numpy() - xhat)
+        assert (error <= ku * (rms / sd + np.abs(xhat)) + 2.0**-24 * np.abs(xhat) + 1e-38).all()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((3, 2, 4), 1), ((2, 3, 2, 2), 1), ((2, 2, 3, 2), 2), ((6, 2), 1)])
+@pytest.mark.parametrize(("center", "scale"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("renorm", [None, Renorm(r_max=2.5, r_min=2.5, d_max=0.2)])
+def test_weighted_gradients_to_second_order(
+    shape: tuple[int, ...], axis: int, center: bool, scale: bool, renorm: Renorm | None
+) -> None:
+    features = shape[axis]
+    spec = BatchNormSpec(features, axis=axis, epsilon=1e-2, center=center, scale=scale, renorm=renorm)
+    leaves = [normal(*shape, dtype=torch.float64), *(normal(features, seed=s, dtype=torch.float64) for s in (1, 2))]
+    given = [leaf.requires_grad_() for leaf, there in zip(leaves, (True, scale, center), strict=True) if there]
+    weights = normal(*[n for i, n in enumerate(shape) if i != axis], seed=5, dtype=torch.float64).clamp(min=0.0)
+    ones = torch.ones(features, dtype=torch.float64)
+    averages = {"moving_mean": ones, "moving_variance": ones}
+    if renorm is not None:  # so far off that d is at its clip, and constant as r is in finite differences
+        averages |= {"renorm_mean": 9 * ones, "renorm_stddev": ones / 9, "moving_stddev": ones}
+
+    def function(x: Any, *rest: Any) -> Any:
+        parameters = list(rest)
+        gamma = parameters.pop(0) if scale else None
+        state = BatchNormState(gamma=gamma, beta=parameters.pop(0) if center else None, **averages)
+        return batch_norm(x, state, spec, training=True, weights=weights)[0]
+
+    with PATHS.forced() as taken:
+        assert torch.autograd.gradcheck(function, given)
+        assert torch.autograd.gradgradcheck(function, given)
+    assert set(taken) == {"weighted"}
+
+
+@pytest.mark.parametrize("hidden", [float("nan"), float("inf"), 1e18, 1e35])
+@pytest.mark.parametrize("layout", WEIGHTED_IMAGES)
+def test_what_a_mask_hides_changes_nothing_else(layout: str, hidden: float) -> None:
+    x = normal(*IMAGES).contiguous(memory_format=WEIGHTED_IMAGES[layout])
+    mask = torch.rand(IMAGES[0], *IMAGES[2:], generator=torch.Generator().manual_seed(1)) > 0.2
+    dy = normal(*IMAGES, seed=2) * mask.unsqueeze(1)
+    module = BatchNorm2d(IMAGES[1])
+    results = []
+    for under in (0.5, hidden):
+        leaf = torch.where(mask.unsqueeze(1), x, under).requires_grad_()
+        again = copy.deepcopy(module)
+        y = again(leaf, mask)
+        gradients = torch.autograd.grad(y, [leaf, again.weight, again.bias], dy)
+        with torch.no_grad():
+            alone = copy.deepcopy(module)(leaf, mask)
+        seen = mask.unsqueeze(1).expand_as(y)
+        results.append([y[seen], alone[seen], *gradients, again.running_mean, again.running_var])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_weights_come_in_differentiable_operations() -> None:
+    x, weights = normal(*IMAGES), torch.ones(IMAGES[0]).requires_grad_()
+    with PATHS.forced() as taken:
+        y = BatchNorm2d(IMAGES[1])(x, weights)
+        assert torch.autograd.grad(y, weights, x)[0].shape == weights.shape
+        with torch.no_grad():
+            BatchNorm2d(IMAGES[1])(x, weights)
+    assert dict(taken) == {"weighted": 1}
+
+
+@pytest.mark.parametrize("weights", [torch.tensor([1.0, -1.0]), torch.tensor([1.0, float("nan")])])
+def test_weights_that_cannot_be_are_refused_on_the_path(weights: Any) -> None:
+    with pytest.raises(InputError, match="finite and not negative"):
+        BatchNorm1d(3)(normal(2, 3), weights)
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0, 0.0], [0.0, 2.0, 0.0], [1e-30, 1.0, 1e-30]])
+def test_next_to_no_weight_comes_as_from_the_composite(weights: list[float]) -> None:
+    x, results = normal(3, 2, dtype=torch.float64), []
+    for path in ("weighted", "composite"):
+        module = BatchNorm1d(2, dtype=torch.float64, momentum=1.0)
+        with PATHS.forced(path):
+            results.append([module(x, torch.tensor(weights)), module.running_mean, module.running_var])
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("layout", "memory", "path"),
+    [("consecutive", "NCHW", "pieces"), ("consecutive", "channels_last", "pieces"),
+     ("strided", "channels_last", "pieces"), ("strided", "NCHW", "foldings")],
+)  # fmt: skip
+@pytest.mark.parametrize("renormed", [False, True])
+def test_ghosts_by_either_path_are_the_same(layout: Any, memory: str, path: str, renormed: bool) -> None:
+    options: dict[str, Any] = {"renorm": Renorm(), "moving_variance_estimator": "biased"} if renormed else {}
+    shape = (16, 32, 24, 24)
+    x = (normal(*shape) + 1).contiguous(memory_format=WEIGHTED_IMAGES[memory])
+    dy, results = normal(*shape, seed=1), []
+    for way, wanted in ((None, path), ("pieces", "pieces"), ("foldings", "foldings")):
+        module = BatchNorm2d(32, virtual_batch_size=4, virtual_batch_layout=layout, **options)
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with PATHS.forced(way) as taken:
+            y = module(leaf)
+        assert taken[wanted] == 1
+        gradients = torch.autograd.grad(y, [leaf, module.weight, module.bias], dy)
+        results.append([y, *gradients, *module.buffers()])
+    for result in results[1:]:
+        for got, wanted_tensor in zip(result, results[0], strict=True):
+            torch.testing.assert_close(got, wanted_tensor, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("layout", "rows"), [("consecutive", 5), ("consecutive", 6), ("strided", 6)])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_gradients_of_pieces_to_second_order(layout: Any, rows: int, axis: int) -> None:
+    spec = BatchNormSpec(
+        2, axis=axis, epsilon=1e-2, virtual_batch_size=3, virtual_batch_layout=layout, track_moving_stats=False
+    )
+    given = [
+        normal(*shape, seed=i, dtype=torch.float64).requires_grad_()
+        for i, shape in enumerate([(rows, 2, 2), (2,), (2,)])
+    ]
+
+    def function(x: Any, gamma: Any, beta: Any) -> Any:
+        return batch_norm(x, BatchNormState(gamma=gamma, beta=beta), spec, training=True)[0]
+
+    with PATHS.forced("pieces") as taken:
+        assert torch.autograd.gradcheck(function, given)
+        assert torch.autograd.gradgradcheck(function, given)
+    assert taken["pieces"] > 0
+
+
+@pytest.mark.parametrize("kind", ["weights", "pieces"])
+def test_several_gradients_at_a_time_of_options(kind: str) -> None:
+    x = normal(8, 3, 4).requires_grad_()
+    module = BatchNorm1d(3)
+    if kind == "pieces":
+        module.virtual_batch_size, module.virtual_batch_layout = 4, "consecutive"
+    with PATHS.forced("pieces") as taken:
+        y = module(x, torch.linspace(0, 1, 8) if kind == "weights" else None)
+    assert taken["weighted" if kind == "weights" else kind] == 1
+    dys = torch.stack([normal(*x.shape, seed=s) for s in (1, 2)])
+    (together,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    for got, dy in zip(together, dys, strict=True):
+        torch.testing.assert_close(got, torch.autograd.grad(y, x, dy, retain_graph=True)[0])
