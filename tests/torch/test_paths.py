@@ -26,8 +26,8 @@ def normal(*shape: int, seed: int = 0, dtype: Any = torch.float32) -> Any:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def found(x: Any, state: Any, spec: BatchNormSpec) -> Any:
-    return batch_norm(x, state, spec, training=True)
+def found(x: Any, state: Any, spec: BatchNormSpec, weights: Any = None) -> Any:
+    return batch_norm(x, state, spec, training=True, weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_weighted_statistics_on_both_sides_of_the_guard(layout: str, boolean: bo
             x = laid_out(flat, "rows").contiguous(memory_format=WEIGHTED_IMAGES[layout])
             w = w.reshape(IMAGES[0], *IMAGES[2:])
         with PATHS.forced() as taken:
-            y, after = batch_norm(x, state, spec, training=True, weights=w)
+            y, after = found(x, state, spec, w)
         assert dict(taken) == {"weighted": 1}
         assert int(after.num_updates) == 1
         # The bounds of bnlayer_conformance.bounds.
