@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from . import kernel
+from . import kernel, weighted
 from .call import Call
 from .renorm import corrections
 from .statistics import Moments
@@ -20,7 +20,9 @@ def normalized(
     offset = tf.zeros(spec.num_features) if beta is None else beta
     flat = x if x.shape.rank == 4 else tf.reshape(x, (-1, 1, 1, spec.num_features))
     batch = None
-    if call.plan.batch_statistics:
+    if call.weights is not None:
+        y, batch = _by_weights(x, flat, scale, offset, call)
+    elif call.plan.batch_statistics:
         values = tf.cast(flat, tf.float32)
         count = elements(x) // spec.num_features
         present = None if call.plan.count is not None else tf.size(x) > 0
@@ -42,3 +44,13 @@ def normalized(
         y = tf.reshape(y, x.shape if x.shape.is_fully_defined() else tf.shape(x, tf.int64))
     y.set_shape(x.shape)
     return y, batch
+
+
+def _by_weights(
+    x: tf.Tensor, flat: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, call: Call
+) -> tuple[tf.Tensor, Moments | None]:
+    lengths = tf.shape(x)[:-1]
+    if call.plan.batch_statistics:
+        return weighted.by_batch(tf.cast(flat, tf.float32), lengths, scale, offset, call)
+    mean, variance = (number(each, tf.float32) for each in (call.state.moving_mean, call.state.moving_variance))
+    return weighted.by_moving(flat, lengths, mean, variance, scale, offset, call), None

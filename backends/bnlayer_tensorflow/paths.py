@@ -34,9 +34,12 @@ def _able(x: tf.Tensor, call: Call) -> tuple[str, ...]:
     plan = call.plan
     if not _pays() or call.replica is not None or call.adjustment is not None:
         return ("composite",)
-    if plan.ghosted or call.weights is not None or plan.count == 0:
+    if plan.ghosted or plan.count == 0:
         return ("composite",)
     kernel = plan.axis == len(plan.channel_shape) - 1 and x.dtype != tf.float64
+    if call.weights is not None:
+        takes = kernel and not (plan.batch_statistics and call.spec.renorm)
+        return ("fused", "composite") if takes else ("composite",)
     if not plan.batch_statistics:
         return ("fused", "sums", "composite") if kernel else ("sums", "composite")
     others = ("composite",) if call.spec.renorm else ("sums", "composite")

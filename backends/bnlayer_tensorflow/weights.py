@@ -94,11 +94,7 @@ def read_weights(
         values, valid = tf.ones([1] * rank, tf.float64), tf.constant(True)
     else:
         # There is one weight per position and not per element of x, so float64 costs little and Q/W^2 keeps its digits.
-        values = tf.cast(_aligned(_real(weights), plan), tf.float64)
-        good = (values >= 0) & (values < float("inf"))
-        valid = tf.reduce_all(good)
-        if refuse:
-            values = _checked(values, good, valid)
+        values, valid = _values(weights, plan, refuse)
     if ghosts is not None:  # a weight that all rows share has to be there for each, for they part
         rows = tf.reshape(tf.cast(ghosts.rows, tf.int64), [1])
         values = tf.broadcast_to(values, tf.concat([rows, tf.shape(values, tf.int64)[1:]], 0))
@@ -132,6 +128,25 @@ def read_weights(
         share=_share(largest, tf.stop_gradient(total)),
         valid=valid,
     )
+
+
+def checked_weights(weights: tf.Tensor, plan: CallPlan) -> tf.Tensor:
+    """The weights as they broadcast to x, float64, where nothing is to be related to their total.
+
+    Raises:
+        InputError: see `read_weights`.
+    """
+    return _values(weights, plan, refuse=True)[0]
+
+
+def _values(weights: tf.Tensor, plan: CallPlan, refuse: bool) -> tuple[tf.Tensor, tf.Tensor]:
+    """The weights as they broadcast to x, float64, and whether all are valid."""
+    values = tf.cast(_aligned(_real(weights), plan), tf.float64)
+    if weights.dtype.is_bool:
+        return values, tf.constant(True)
+    good = (values >= 0) & (values < float("inf"))
+    valid = tf.reduce_all(good)
+    return _checked(values, good, valid) if refuse else values, valid
 
 
 def _share(largest: tf.Tensor, total: tf.Tensor) -> tf.Tensor:

@@ -46,7 +46,10 @@ def test_which_path_ordinary_calls_take(context):
 
     assert of(LARGE) == of(LARGE, training=False) == of(LARGE, renorm=Renorm()) == of(LARGE, dtype="float16") == "fused"
     assert of(SMALL) == of(SMALL, training=False) == of(LARGE, axis=1) == of(LARGE, dtype="float64") == "sums"
-    assert of(LARGE, weights=tf.ones(LARGE[0])) == of(LARGE, virtual_batch_size=8) == "composite"
+    w = tf.ones(LARGE[0])
+    assert of(LARGE, weights=w) == of(LARGE, weights=w, training=False) == of(LARGE, weights=w > 0) == "fused"
+    assert of(LARGE, axis=1, weights=w) == of(LARGE, renorm=Renorm(), weights=w) == "composite"
+    assert of(LARGE, virtual_batch_size=8) == of(LARGE, virtual_batch_size=8, weights=w) == "composite"
 
 
 def test_of_unknown_lengths_many_are_assumed():
@@ -70,6 +73,76 @@ def exact(x, dy, epsilon):
     dx = (dy - dy.mean(axes) - xhat * (dy * xhat).mean(axes)) / sd
     ku, size = (8 + np.sqrt(n)) * 2.0**-24, np.sqrt(mean**2 + variance)
     return xhat, dx, mean, variance, ku * (size / sd + abs(xhat)), ku * size, ku * variance + (ku * size) ** 2
+
+
+def weighted(x, dy, w, epsilon):
+    """y, dx, dw, dgamma, mean and variance by the definition in float64, where w hides what is not finite."""
+    seen, dy, w = np.where(w[..., None] > 0, x, 0).astype("f8"), dy.astype("f8"), w.astype("f8")
+    p = (w / w.sum())[..., None]
+    axes = tuple(range(x.ndim - 1))
+    mean = (p * seen).sum(axes)
+    variance = (p * np.square(seen - mean)).sum(axes)
+    sd = np.sqrt(variance + epsilon)
+    xhat = (x - mean) / sd
+    shown = np.where(np.isfinite(xhat), xhat, 0)
+    first, second = dy.sum(axes), (dy * shown).sum(axes)
+    dx = (dy - p * (first + shown * second)) / sd
+    dw = -(shown * first + (np.square(shown) - (variance / sd**2)) * second / 2).sum(-1) / w.sum()
+    return xhat, dx, dw, second, mean, variance
+
+
+@pytest.mark.parametrize("where", ["eager", "graph", "compiled unseen"])
+@pytest.mark.parametrize("kind", ["0", "30", "1e4", "hidden", "hidden, 1e4", "large, hidden"])
+def test_weights_are_within_the_bounds_for_any_data(kind, where):
+    """Either round of what sums by weight: near 0, far from it, and where what is hidden, or its square, is not
+    finite."""
+    rng = np.random.default_rng([7, 6])
+    x, dy = rng.normal(size=(2, 32, 8, 8, 8)).astype("f4")
+    w = rng.uniform(size=x.shape[:-1]).astype("f4") * (rng.uniform(size=x.shape[:-1]) < 0.75)
+    w[3, 4, 5] = w[6, 0, 7] = 0
+    if kind.endswith(("30", "1e4")):
+        x[..., 3] += np.float32(kind.split()[-1])
+    if "hidden" in kind:
+        x[3, 4, 5, 1], x[6, 0, 7] = (1e30, -1e30) if "large" in kind else (np.nan, np.inf)
+        dy[3, 4, 5] = dy[6, 0, 7] = 0
+    spec = BatchNormSpec(8, epsilon=1e-3, decay=0.0)
+    state = BatchNormState.initial(spec)
+
+    def call(x, w, gamma):
+        y, after = batch_norm(x, state.replace(gamma=gamma), spec, training=True, weights=w)
+        return y, after.moving_mean, after.moving_variance
+
+    gamma = tf.ones(8)
+    if where == "compiled unseen":
+        call = tf.function(call, autograph=False)
+        call(tf.constant(x), tf.constant(w), gamma)
+
+    def step(x, dy, w, gamma):
+        with tf.GradientTape() as tape:
+            tape.watch([x, w, gamma])
+            results = call(x, w, gamma)
+        return *results, *tape.gradient(results[0], [x, w, gamma], dy)
+
+    if where != "eager":
+        step = tf.function(step, autograph=False, jit_compile=where.startswith("compiled"))
+    with PATHS.forced() as taken:
+        got = step(tf.constant(x), tf.constant(dy), tf.constant(w), gamma)
+    assert set(taken) <= {"fused"}
+    y, mean, variance, dx, dw, dgamma = (each.numpy().astype("f8") for each in got)
+    want_y, want_dx, want_dw, want_dgamma, want_mean, want_variance = weighted(x, dy, w, spec.epsilon)
+    n = np.square(w.sum(dtype="f8")) / np.square(w, dtype="f8").sum()
+    ku, size = (8 + np.sqrt(n)) * 2.0**-24, np.sqrt(want_mean**2 + want_variance)
+    of_y = ku * (size / np.sqrt(want_variance + spec.epsilon) + abs(want_y))
+    assert (abs(mean - want_mean) <= ku * size + 2.0**-23 * abs(want_mean)).all()
+    assert (abs(variance - want_variance) <= ku * want_variance + (ku * size) ** 2).all()
+    np.testing.assert_array_equal(np.isfinite(y), np.isfinite(want_y))
+    finite = np.isfinite(want_y)
+    assert (abs(y[finite] - want_y[finite]) <= of_y[finite]).all()
+    relative = max(1e-4, of_y[w > 0].max())
+    if "large" in kind:  # a derivative by its weight is beyond float32, and reaches all that have a total in common
+        dw = want_dw
+    for ours, want in ((dx, want_dx), (dw[w > 0], want_dw[w > 0]), (dgamma, want_dgamma)):
+        np.testing.assert_allclose(ours, want, atol=relative * abs(want).max())
 
 
 def data(kind):
@@ -132,17 +205,27 @@ def test_eval_far_from_zero(path, mean):
     np.testing.assert_allclose(y, (x.astype("f8") - mean) / np.sqrt(1 + 1e-5), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("path", "axis"), [("fused", -1), ("sums", -1), ("sums", 1)])
-def test_derivatives_of_functions_loops_and_maps(path, axis):
+@pytest.mark.parametrize(
+    ("path", "axis", "weighted", "training"),
+    [
+        ("fused", -1, False, True),
+        ("fused", -1, True, True),
+        ("fused", -1, True, False),
+        ("sums", -1, False, True),
+        ("sums", 1, False, True),
+    ],
+)
+def test_derivatives_of_functions_loops_and_maps(path, axis, weighted, training):
     """Where custom gradients break: a second derivative of a traced function, forward mode, loops, maps."""
     rng = np.random.default_rng(10)
     shape = (6, 4, 3, 4)
     x, dy, u = (tf.constant(rng.normal(size=shape), tf.float32) for _ in range(3))
     spec = BatchNormSpec(4, axis=axis, epsilon=1e-3)
     state = BatchNormState.initial(spec)
+    weights = tf.constant([1.0, 0.0, 2.0, 0.5, 1.0, 0.3]) if weighted else None
 
     def f(x):
-        return batch_norm(x, state, spec, training=True)[0]
+        return batch_norm(x, state, spec, training=training, weights=weights)[0]
 
     def first(f, x):
         with tf.GradientTape() as tape:
@@ -154,7 +237,7 @@ def test_derivatives_of_functions_loops_and_maps(path, axis):
         with tf.GradientTape() as tape:
             tape.watch(x)
             dx = first(f, x)
-        return tape.gradient(dx, x, tf.broadcast_to(u, dx.shape))
+        return tape.gradient(dx, x, tf.broadcast_to(u, dx.shape), unconnected_gradients="zero")
 
     def forward(f, x):
         with tf.autodiff.ForwardAccumulator(x, u) as accumulator:
@@ -180,3 +263,77 @@ def test_derivatives_of_functions_loops_and_maps(path, axis):
     for want, values in zip(wanted, got, strict=True):
         for value in values:
             np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("nothing", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_by_weights_and_parameters(training, nothing):
+    """Of all that y depends on, the moving statistics where nothing has weight among them, against plain operations."""
+    rng = np.random.default_rng(12)
+    x, dy, u = (tf.constant(rng.normal(size=(6, 4, 3, 4)), tf.float32) for _ in range(3))
+    w = tf.constant([0.0] * 6 if nothing else [1.0, 0.5, 2.0, 0.5, 1.0, 0.3])
+    spec = BatchNormSpec(4, epsilon=1e-3)
+    state = BatchNormState.initial(spec)
+    rest = [tf.constant(rng.uniform(0.5, 1.5, 4), tf.float32) for _ in range(4)]
+    along = [u, tf.constant(rng.normal(size=6), tf.float32), *(each + 1.0 for each in rest)]
+
+    def derivatives(x, w, gamma, beta, mean, variance):
+        sources = [x, w, gamma, beta, mean, variance]
+        with tf.GradientTape() as outer:
+            outer.watch(sources)
+            with tf.GradientTape() as inner:
+                inner.watch(sources)
+                changed = state.replace(gamma=gamma, beta=beta, moving_mean=mean, moving_variance=variance)
+                y, _ = batch_norm(x, changed, spec, training=training, weights=w)
+            first = inner.gradient(y, sources, dy, unconnected_gradients="zero")
+            loss = tf.add_n([tf.reduce_sum(a * b) for a, b in zip(first, along, strict=True)])
+        return first, outer.gradient(loss, sources, unconnected_gradients="zero")
+
+    with PATHS.forced("composite"):
+        wanted = derivatives(x, w, *rest)
+    with PATHS.forced("fused") as taken:
+        eager, traced = derivatives(x, w, *rest), tf.function(derivatives, autograph=False)(x, w, *rest)
+    assert set(taken) == {"fused"}
+    for got in (eager, traced):
+        for ours, want in zip([*got[0], *got[1]], [*wanted[0], *wanted[1]], strict=True):
+            np.testing.assert_allclose(ours, want, rtol=1e-4, atol=2e-4)
+
+
+def test_what_the_kernel_cannot_differentiate():
+    """Third derivatives, and forward mode around a traced function: a limit that the function's docstring states."""
+    rng = np.random.default_rng(11)
+    x, *directions = (tf.constant(rng.normal(size=(6, 4, 3, 4)), tf.float32) for _ in range(4))
+    spec = BatchNormSpec(4, epsilon=1e-3)
+    state = BatchNormState.initial(spec)
+
+    def f(x):
+        return batch_norm(x, state, spec, training=True)[0]
+
+    def third(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as middle:
+                middle.watch(x)
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    y = f(x)
+                first = inner.gradient(y, x, directions[0])
+            second = middle.gradient(first, x, directions[1])
+        return outer.gradient(second, x, directions[2])
+
+    def forward(f):
+        with tf.autodiff.ForwardAccumulator(x, directions[0]) as accumulator:
+            y = f(x)
+        return accumulator.jvp(y)
+
+    with PATHS.forced("composite"):
+        want, want_forward = third(x), forward(f)
+    with PATHS.forced("fused"):
+        assert abs(third(x) - want).numpy().max() > 1e-2
+        assert forward(tf.function(f, autograph=False)) is None
+        np.testing.assert_allclose(forward(f), want_forward, rtol=1e-4, atol=1e-5)
+        compiled = tf.function(third, autograph=False, jit_compile=True)
+        np.testing.assert_allclose(compiled(x), want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            forward(tf.function(f, autograph=False, jit_compile=True)), want_forward, rtol=1e-4, atol=1e-5
+        )
