@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import tensorflow as tf
 
+from .derivatives import Tensors, differentiable
 from .tensors import at_least_one
 
 _ROWS: Final = 256  # of a sample, or up to twice as many
@@ -54,16 +55,30 @@ def by_given(
 ) -> tf.Tensor:
     """(x - mean) scale/sqrt(variance + epsilon) + offset, for x of shape (N, H, W, C) and the others of (C,).
 
-    The kernel has no derivative by the mean and the variance. So it gets a variance of 1, with the factor in its scale,
-    and the mean as a constant, whose derivative comes in by the offset.
+    With a gradient by formula: TensorFlow's derivative of the kernel's own gradient is wrong inside of a graph's loop.
     """
     gain = scale / tf.sqrt(variance + tf.constant(epsilon, variance.dtype))
-    constant = tf.stop_gradient(mean)
-    return affine(x, gain, offset - gain * (mean - constant), constant)
+
+    def forward(x: tf.Tensor, mean: tf.Tensor, gain: tf.Tensor, offset: tf.Tensor) -> tuple[Tensors, Tensors]:
+        return (affine(x, gain, offset, mean),), ()
+
+    def backward(dy: tf.Tensor, kept: Tensors, *sources: tf.Tensor) -> Tensors:
+        x, mean, gain, _ = sources
+        values, along = (tf.reshape(tf.cast(each, gain.dtype), (-1, gain.shape[0])) for each in (x, dy))
+        ones = tf.ones(tf.stack([1, tf.shape(values)[0]]), gain.dtype)
+        doffset = tf.reshape(ones @ along, (-1,))
+        dgain = tf.reshape(ones @ (along * (values - mean)), (-1,))
+        dx = tf.reshape(tf.cast(along * gain, x.dtype), tf.shape(x))
+        return dx, -gain * doffset, dgain, doffset
+
+    return differentiable(forward, backward, (x, mean, gain, offset))[0]
 
 
 def affine(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, origin: tf.Tensor) -> tf.Tensor:
-    """(x - origin) scale + offset, in one pass; the origin is a constant."""
+    """(x - origin) scale + offset, in one pass; the origin is a constant, or another one has taken the derivative.
+
+    The kernel's variance is 1, and the factor in its scale. Right to first order, and to second where the origin is 0.
+    """
     return tf.raw_ops.FusedBatchNormV3(
         x=x, scale=scale, offset=offset, mean=origin, variance=tf.fill(origin.shape, 0.5), epsilon=0.5,
         is_training=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -211,6 +213,7 @@ def test_eval_far_from_zero(path, mean):
         ("fused", -1, False, True),
         ("fused", -1, True, True),
         ("fused", -1, True, False),
+        ("fused", -1, False, False),
         ("sums", -1, False, True),
         ("sums", 1, False, True),
     ],
@@ -263,6 +266,41 @@ def test_derivatives_of_functions_loops_and_maps(path, axis, weighted, training)
     for want, values in zip(wanted, got, strict=True):
         for value in values:
             np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["training", "eval", "renorm"])
+def test_second_derivatives_by_gamma_inside_of_a_loop(kind):
+    """There TensorFlow's derivative of its own gradient of the kernel's inference is wrong."""
+    rng = np.random.default_rng(13)
+    x, dy = (tf.constant(rng.normal(size=(3, 16, 2, 2, 6)), tf.float32) for _ in range(2))
+    gamma = tf.constant(rng.uniform(0.5, 1.5, 6), tf.float32)
+    renorm = Renorm(r_max=3.0, r_min=0.33, d_max=5.0, decay=0.9) if kind == "renorm" else None
+    spec = BatchNormSpec(6, renorm=renorm)
+    state = BatchNormState.initial(spec).replace(
+        moving_mean=rng.normal(size=6).astype("f4"), moving_variance=rng.uniform(0.5, 2, 6).astype("f4")
+    )
+
+    def second(x, gamma, *, loop):
+        def one(x):
+            return batch_norm(x, state.replace(gamma=gamma), spec, training=kind != "eval")[0]
+
+        with tf.GradientTape() as outer:
+            outer.watch([x, gamma])
+            with tf.GradientTape() as inner:
+                inner.watch([x, gamma])
+                y = tf.map_fn(one, x) if loop else tf.stack([one(each) for each in tf.unstack(x)])
+                loss = tf.reduce_sum(tf.sin(y) * dy)
+            by_x, by_gamma = inner.gradient(loss, [x, gamma])
+            total = tf.reduce_sum(by_x * tf.cos(x)) + tf.reduce_sum(by_gamma * by_gamma)
+        return outer.gradient(total, [x, gamma])
+
+    with PATHS.forced("composite"):
+        wanted = second(x, gamma, loop=False)
+    with PATHS.forced("fused") as taken:
+        found = tf.function(partial(second, loop=True), autograph=False)(x, gamma)
+    assert set(taken) == {"fused"}
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("nothing", [False, True])
