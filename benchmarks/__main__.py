@@ -26,6 +26,7 @@ _ROOT: Final = Path(__file__).parents[1]
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(list(SUITES)), help="These suites; else all.")
 @click.option("--match", default="*", metavar="GLOB", help="Cases by name, such as '*NCHW*grad'.")
+@click.option("--bars", is_flag=True, help="Only cases that have a bar to reach.")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]), help="To compute on.")
 @click.option("--rounds", default=21, show_default=True, help="How often each case is timed.")
 @click.option("--no-memory", is_flag=True, help="Leave memory out, and save its second process.")
@@ -35,6 +36,7 @@ _ROOT: Final = Path(__file__).parents[1]
 def main(
     only: tuple[str, ...],
     match: str,
+    bars: bool,
     device: str,
     rounds: int,
     no_memory: bool,
@@ -57,8 +59,8 @@ def main(
     \b
     Exit codes: 0 every bar is reached; 1 one is not, or results differ; 2 usage; 3 what was asked for cannot run here.
     """
-    names = _runnable(only, device)
-    cases = {name: [row["name"] for row in _measured("list", name, device, match, rounds)] for name in names}
+    asked = device, match, str(rounds), "bars" if bars else "all"
+    cases = {name: [row["name"] for row in _measured("list", name, *asked)] for name in _runnable(only, device)}
     if listed:
         click.echo("\n".join(f"{name}: {case}" for name, found in cases.items() for case in found))
         return
@@ -68,7 +70,7 @@ def main(
         bar = progress.add_task("", total=sum(map(len, cases.values())) * len(tasks))
         for name, found in cases.items():
             for task in tasks if found else ():
-                for row in _measured(task, name, device, match, rounds):
+                for row in _measured(task, name, *asked):
                     rows.setdefault(f"{name}/{row['name']}", {"suite": name}).update(row)
                     progress.update(bar, description=row["name"], advance=1)
     show(list(rows.values()))
@@ -97,12 +99,12 @@ def _runnable(only: tuple[str, ...], device: str) -> list[str]:
     return names
 
 
-def _measured(task: str, name: str, device: str, match: str, rounds: int) -> Iterator[dict[str, Any]]:
+def _measured(task: str, name: str, *asked: str) -> Iterator[dict[str, Any]]:
     """The rows of one suite, as its process finds them."""
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **SUITES[name].environment}
     if task == "memory":
         environment |= ENVIRONMENT
-    command = [sys.executable, "-m", "benchmarks.worker", task, name, device, match, str(rounds)]
+    command = [sys.executable, "-m", "benchmarks.worker", task, name, *asked]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=_ROOT) as process:
         assert process.stdout is not None
         for line in process.stdout:

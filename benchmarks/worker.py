@@ -1,8 +1,8 @@
 """One process of a benchmark: checks and times the cases of one suite, and prints a JSON line for each.
 
-    python -m benchmarks.worker list NAME DEVICE GLOB ROUNDS
-    python -m benchmarks.worker time NAME DEVICE GLOB ROUNDS
-    python -m benchmarks.worker memory NAME DEVICE GLOB ROUNDS
+    python -m benchmarks.worker TASK NAME DEVICE GLOB ROUNDS WHICH
+
+TASK is list, time or memory; WHICH is all, or bars for the cases that have one.
 
 Each suite has a process of its own, so that no framework's threads wait beside another's; and memory is measured in
 a second one, whose allocator gives back what is freed, which would slow what is timed.
@@ -94,10 +94,10 @@ def _memory_of_job(job: Job) -> dict[str, Any]:
     return row
 
 
-def main(task: str, name: str, device: str, glob: str, rounds: str) -> None:
+def main(task: str, name: str, device: str, glob: str, rounds: str, which: str) -> None:
     """Print the rows; the last line of a case that failed says why."""
     for case in SUITES[name].cases(device):
-        if not fnmatchcase(case.name, glob):
+        if not fnmatchcase(case.name, glob) or (which == "bars" and case.bar is None):
             continue
         try:
             for row in rows(task, iter([case]), int(rounds)):
