@@ -169,10 +169,10 @@ def _named(variables: Variables) -> dict[str, tuple[str, ...]]:
     """Every array's name in a file, to its collection, scope and own name: without what Flax's boxes add to it."""
     boxed = jax.tree_util.tree_leaves_with_path(variables, is_leaf=lambda node: isinstance(node, nn.meta.AxisMetadata))
     parts = [tuple(str(getattr(key, "key", key)) for key in path) for path, _ in boxed]
-    found = {}
+    found, known = {}, set(parts)
     for name in _leaves(variables):
         path = tuple(name.split("/"))
-        found[name] = next((own for own in (path[:-1], path) if own in set(parts)), path)
+        found[name] = next((own for own in (path[:-1], path) if own in known), path)
     return found
 
 
