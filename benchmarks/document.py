@@ -88,7 +88,7 @@ def _cell(rows: list[Row]) -> str:
     runs = " ".join(f"{row['ratio']:.2f}" for row in rows)
     if rows[0]["bar"] is None:
         return runs
-    return f"{runs} ≤ {rows[0]['bar']:.2f} {_MARKS[all(row['reached'] for row in rows)]}"
+    return f"{runs} (bar {rows[0]['bar']:.2f} {_MARKS[all(row['reached'] for row in rows)]})"
 
 
 def _job(rows: list[Row]) -> list[str]:
