@@ -115,7 +115,7 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """How fast everything is against what it replaces, on an idle machine; arguments go to `python -m benchmarks`."""
-    install(session, ".", *nox.project.dependency_groups(PYPROJECT, "frameworks", "examples"))
+    install(session, "-e", ".", *nox.project.dependency_groups(PYPROJECT, "frameworks", "examples"))
     session.run("python", "-m", "benchmarks", *session.posargs)
 
 

@@ -47,27 +47,47 @@ def damage_told(source: Source) -> Iterator[None]:
         raise CheckpointError(f"{source.path}: the zip archive is damaged ({cause}).") from error
 
 
-class _Reopened(io.RawIOBase):
-    """A source as a file, opened anew for each piece that is read."""
+class _Placed(io.RawIOBase):
+    """What a file that is read in any order needs beside reading: where it stands in so many bytes."""
 
-    def __init__(self, source: Source) -> None:
-        self._source, self._at = source, 0
+    def __init__(self, length: int) -> None:
+        self._length, self._at = length, 0
 
     def readable(self) -> bool:
+        """It is."""
         return True
 
     def seekable(self) -> bool:
+        """It is."""
         return True
 
     def tell(self) -> int:
+        """Where it stands."""
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = _placed(offset, {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.size}[whence])
-        return self._at
+        """Go to a place, before the beginning excepted.
+
+        Raises:
+            ValueError: it is before the beginning.
+        """
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if at < 0:
+            raise ValueError(f"place {at} is before the beginning")
+        self._at = at
+        return at
+
+
+class _Reopened(_Placed):
+    """A source as a file, opened anew for each piece that is read."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source.size)
+        self._source = source
 
     def read(self, size: int = -1, /) -> bytes:
-        left = max(0, self._source.size - self._at)
+        """Up to `size` bytes."""
+        left = max(0, self._length - self._at)
         with self._source.open() as file:
             file.seek(self._at)
             data = file.read(left if size < 0 else min(size, left))
@@ -124,7 +144,7 @@ def whole(archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Source, most:
     return data
 
 
-class Window(io.RawIOBase):
+class Window(_Placed):
     """A part of a file as a file of its own, read in any order.
 
     What zipfile opens reads all that lies before a place anew whenever it is set back.
@@ -132,28 +152,8 @@ class Window(io.RawIOBase):
 
     def __init__(self, file: io.BufferedReader, begin: int, length: int) -> None:
         """See `length` bytes of `file` from `begin`."""
-        self._file, self._begin, self._length, self._at = file, begin, length, 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def tell(self) -> int:
-        """Where it stands."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Go to a place, before the window's beginning excepted.
-
-        Raises:
-            ValueError: it is before the beginning.
-        """
-        self._at = _placed(offset, {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
-        return self._at
+        super().__init__(length)
+        self._file, self._begin = file, begin
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill the buffer, as far as the window goes."""
@@ -162,13 +162,6 @@ class Window(io.RawIOBase):
         length = self._file.readinto(view[: max(0, self._length - self._at)])
         self._at += length
         return length
-
-
-def _placed(offset: int, base: int) -> int:
-    """A place in a file, from the one that an offset counts from."""
-    if base + offset < 0:
-        raise ValueError(f"place {base + offset} is before the beginning")
-    return base + offset
 
 
 def window(info: zipfile.ZipInfo, file: io.BufferedReader, source: Source) -> Window:
