@@ -38,7 +38,7 @@ class Suite:
         """All of its cases, on a device that is there."""
         os.environ.update(self.environment)  # what the module asks to tell its suite
         module = import_module(f".{self.module}", __package__)
-        yield from module.cases() if device == "cpu" else module.cases(device)
+        yield from module.cases(device)
 
 
 SUITES: Final = {

@@ -3,65 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
 from .cases import IMAGES, MODES, ROWS, Case, Mode, NDArray, Pair, Shape, data, parameters
-from .reference import reference
+from .options import OPTIONS, Option
 
 _BARS: Final = {"eval": 1.0, "train": 1.10, "grad": 0.80}
 _GATED: Final = {(64, 14, 14, 256), (128, 7, 7, 512), (65536, 64)}  # the others take too little time, or memory's luck
 _EPSILON: Final = 1e-5
-_GHOSTS: Final = 4
 
 Normalize = Callable[[Any, Any, Any], tuple[Any, Any]]  # x, gamma and beta to y and the moving statistics
-
-
-@dataclass(frozen=True)
-class _Option:
-    """What our call can beyond the plain one, with the bars against that.
-
-    Attributes:
-        name: for the case's name.
-        bars: by mode.
-        weights: "mask" or "weights" of every position.
-        fields: of the spec, by the number of rows.
-        groups: which ghost batch each row is in, by the number of rows.
-    """
-
-    name: str
-    bars: Mapping[str, float]
-    weights: str | None = None
-    fields: Callable[[int], dict[str, Any]] = field(default=lambda _: {})
-    groups: Callable[[int], NDArray] | None = None
-
-
-def _renorm(_: int) -> dict[str, Any]:
-    from bnlayer import Renorm
-
-    # With these clips, which cost what others do, the result is that of the plain call.
-    return {"renorm": Renorm(r_max=1.0, r_min=1.0, d_max=0.0)}
-
-
-def _ghosts(layout: str, rows: int) -> dict[str, Any]:
-    return {"virtual_batch_size": rows // _GHOSTS, "virtual_batch_layout": layout}
-
-
-_WEIGHTED: Final = {"eval": 1.1, "train": 2.0, "grad": 2.0}
-_OTHER: Final = {"train": 1.5, "grad": 1.5}
-_OPTIONS: Final = (
-    _Option("mask", _WEIGHTED, weights="mask"),
-    _Option("weights", _WEIGHTED, weights="weights"),
-    _Option("renorm", _OTHER, fields=_renorm),
-    _Option("strided ghosts", _OTHER, fields=partial(_ghosts, "strided"), groups=lambda n: np.arange(n) % _GHOSTS),
-    _Option(
-        "consecutive ghosts", _OTHER, fields=partial(_ghosts, "consecutive"),
-        groups=lambda n: np.arange(n) // (n // _GHOSTS),
-    ),
-)  # fmt: skip
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
@@ -72,10 +26,10 @@ def cases(device: str = "cpu") -> Iterator[Case]:
             for mode in MODES:
                 bar = _BARS[mode] if gated and shape in _GATED else None
                 yield _against_flax(device, peer, mode, shape, bar)
-    for option in _OPTIONS:
+    for option in OPTIONS:
         for shape in (*IMAGES, *ROWS):
-            for mode in (mode for mode in MODES if mode in option.bars):
-                bar = option.bars[mode] if gated and shape in _GATED else None
+            for mode in option.modes:
+                bar = option.bar(mode) if gated and shape in _GATED else None
                 make = partial(_option_pair, device, mode, shape, option)
                 layout = f"{layout_of(shape)}, {option.name}"
                 yield Case("jax", "ours, plain", mode, "float32", layout, shape, bar, make)
@@ -152,14 +106,10 @@ def _nnx(kind: Any, channels: int, options: Mapping[str, Any], values: Mapping[s
     return function
 
 
-def _option_pair(device: str, mode: Mode, shape: Shape, option: _Option) -> Pair:
+def _option_pair(device: str, mode: Mode, shape: Shape, option: Option) -> Pair:
     import bnlayer
 
-    arrays, values = data(shape), parameters(shape[-1])
-    weights = None
-    if option.weights is not None:
-        drawn = np.random.default_rng(2).uniform(0, 1, shape[:-1]).astype(np.float32)
-        weights = drawn > 0.2 if option.weights == "mask" else drawn
+    arrays, values, weights = data(shape), parameters(shape[-1]), option.weights(shape, -1)
     plain = bnlayer.BatchNormSpec(shape[-1], epsilon=_EPSILON)
     placed = on(device, *arrays)
     ours, peer = (
@@ -171,8 +121,7 @@ def _option_pair(device: str, mode: Mode, shape: Shape, option: _Option) -> Pair
     )
 
     def results() -> Any:
-        groups = None if option.groups is None else option.groups(shape[0])
-        want = reference(mode, *arrays, values, _EPSILON, weights=weights, groups=groups)
+        want = option.right(mode, arrays, values, _EPSILON, -1)
         return flat(ours())[: len(want)], want
 
     return Pair(ours, peer, results, memory=ours.memory)

@@ -10,19 +10,15 @@ from typing import Any, Final
 import numpy as np
 
 from .cases import IMAGES, MODES, ROWS, Case, Mode, NDArray, Pair, Shape, data, parameters
+from .options import OPTIONS, Option
 
 _LARGE: Final = {(32, 56, 56, 64), (65536, 64)}
 _SMALL: Final = {"eval": 0.55, "train": 0.50, "grad": 0.50}
+_EPSILON: Final = 1e-5
 _MIDDLE: Final = {"eval": 0.33, "train": 0.38, "grad": 0.40}
-_MASKED: Final = {"eval": 1.1, "train": 1.5, "grad": 2.0}
-_CORRECTED: Final = 1.5
-# What a call has besides x; each against our own call without it.
-_MASKS: Final = ("mask", "weights")
-_OTHERS: Final = ("renorm", "ghosts-strided", "ghosts-consecutive")
-_GHOSTS: Final = 4
 
 
-def cases() -> Iterator[Case]:
+def cases(device: str = "cpu") -> Iterator[Case]:
     """Channels last, and channels first for images."""
     for layout, shape in _shapes():
         for mode in MODES:
@@ -30,12 +26,10 @@ def cases() -> Iterator[Case]:
     for layout, shape in _shapes():
         if shape == (8, 64):
             continue
-        for kind in (*_MASKS, *_OTHERS):
-            for mode in MODES:
-                if kind in _MASKS or mode != "eval":
-                    bar = _MASKED[mode] if kind in _MASKS else _CORRECTED
-                    make = partial(_against_plain, mode, shape, _axis(layout), kind)
-                    yield Case("numpy", "ours, plain", mode, "float32", f"{layout}, {kind}", shape, bar, make)
+        for option in OPTIONS:
+            for mode in option.modes:
+                bar, make = option.bar(mode, strict=True), partial(_against_plain, mode, shape, _axis(layout), option)
+                yield Case("numpy", "ours, plain", mode, "float32", f"{layout}, {option.name}", shape, bar, make)
     for layout, shape in (("NHWC", (32, 56, 56, 64)), ("NCHW", (32, 64, 56, 56))):
         for mode in MODES:
             yield _against_textbook(mode, layout, shape, "float16", None)
@@ -105,45 +99,15 @@ def _textbook(mode: Mode, shape: Shape, axis: int, dtype: str, mean: float) -> P
     return Pair(ours, peer, lambda: (ours(), peer()), tolerance, memory=partial(_memory, ours))
 
 
-def _against_plain(mode: Mode, shape: Shape, axis: int, kind: str) -> Pair:
-    x, dy = data(shape)
-    values = parameters(shape[axis])
-    positions = tuple(length for i, length in enumerate(shape) if i != axis % len(shape))
-    plain = _ours(mode, shape, axis, x, dy, values)
-    if kind in _MASKS:
-        chance = np.random.default_rng(2).random(positions, np.float32)
-        given, same = (chance < 0.7, np.ones(positions, bool)) if kind == "mask" else (chance, np.ones_like(chance))
-        call, neutral = (_ours(mode, shape, axis, x, dy, values, weights=weights) for weights in (given, same))
-    elif kind == "renorm":
-        call = neutral = _ours(mode, shape, axis, x, dy, values, renorm=True)
-    else:
-        call = neutral = _ours(mode, shape, axis, x, dy, values, ghosts=kind.partition("-")[2])
+def _against_plain(mode: Mode, shape: Shape, axis: int, option: Option) -> Pair:
+    arrays, values = data(shape), parameters(shape[axis])
+    plain = _ours(mode, shape, axis, *arrays, values)
+    call = _ours(mode, shape, axis, *arrays, values, option.weights(shape, axis), **option.fields(shape[0]))
 
     def results() -> tuple[tuple[NDArray, ...], tuple[NDArray, ...]]:
-        """Of what must not change a result: weights of 1, corrections clipped to nothing, the mean of the ghosts."""
-        if kind in _MASKS:
-            return neutral(), plain()
-        if kind == "renorm":
-            return _ours(mode, shape, axis, x, dy, values, renorm=True, clipped=True)(), plain()
-        layout = kind.partition("-")[2]
-        parts = [
-            _ours(mode, (shape[0] // _GHOSTS, *shape[1:]), axis, x[rows], dy[rows], values)()
-            for rows in _rows(shape[0], layout)
-        ]
-        joined = tuple(np.empty_like(array) for array in call())
-        for rows, of_part in zip(_rows(shape[0], layout), parts, strict=True):
-            for whole, part in zip(joined, of_part, strict=True):
-                whole[rows] = part
-        return call(), joined
+        return call(), option.right(mode, arrays, values, _EPSILON, axis)
 
     return Pair(call, plain, results, memory=partial(_memory, call))
-
-
-def _rows(length: int, layout: str) -> list[slice]:
-    if layout == "strided":
-        return [slice(g, None, _GHOSTS) for g in range(_GHOSTS)]
-    each = length // _GHOSTS
-    return [slice(g * each, (g + 1) * each) for g in range(_GHOSTS)]
 
 
 def _ours(
@@ -153,21 +117,13 @@ def _ours(
     x: NDArray,
     dy: NDArray,
     values: dict[str, NDArray],
-    *,
     weights: NDArray | None = None,
-    renorm: bool = False,
-    clipped: bool = False,
-    ghosts: str | None = None,
+    **fields: Any,
 ) -> Callable[[], tuple[NDArray, ...]]:
     import bnlayer
     from bnlayer_numpy import batch_norm_backward, batch_norm_forward
 
-    options: dict[str, Any] = {}
-    if renorm:
-        options["renorm"] = bnlayer.Renorm(r_max=1, r_min=1, d_max=0) if clipped else bnlayer.Renorm()
-    if ghosts is not None:
-        options.update(virtual_batch_size=shape[0] // _GHOSTS, virtual_batch_layout=ghosts)
-    spec = bnlayer.BatchNormSpec(shape[axis], axis=axis, **options)
+    spec = bnlayer.BatchNormSpec(shape[axis], axis=axis, epsilon=_EPSILON, **fields)
     state = bnlayer.BatchNormState(**values).checked(spec)
 
     def call() -> tuple[NDArray, ...]:

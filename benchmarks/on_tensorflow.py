@@ -8,17 +8,16 @@ from functools import partial
 from typing import Any
 
 from .cases import IMAGES, MODES, ROWS, Case, Mode, Pair, Shape, data, parameters
+from .options import OPTIONS, Option
 
 _PEER = "keras.layers in tf.function"
 _LAST = {"eval": 0.72, "train": 0.32, "grad": 0.32}
 _FIRST = {"eval": 1.05, "train": 0.65, "grad": 0.50}
 _ROWS = {"eval": 1.02, "train": 1.02, "grad": 0.95}
-_WEIGHTED = {"eval": 1.1, "train": 2.0, "grad": 2.0}
-_OPTIONS = {"train": 1.5, "grad": 1.5}
-_VALID = 0.75  # of the positions, under a mask
+_EPSILON = 1e-3  # Keras's default
 
 
-def cases() -> Iterator[Case]:
+def cases(device: str = "cpu") -> Iterator[Case]:
     """Channels last, axis 1, and rank 2; then options against our own plain call, and what has no bar."""
     for shape in IMAGES:
         for mode in MODES:
@@ -29,12 +28,11 @@ def cases() -> Iterator[Case]:
             bar = _LAST[mode] if shape == (65536, 64) else _ROWS[mode] if shape == (256, 128) else None
             yield _case(_PEER, mode, "NC", shape, bar)
     for shape in IMAGES[:2]:
-        for mode in MODES:
-            for given in ("mask", "weights"):
-                yield _own(given, mode, shape, _WEIGHTED[mode])
-        for mode in MODES[1:]:
-            yield _own("renorm", mode, shape, _OPTIONS[mode], renorm=True)
-            yield _own("ghosts", mode, shape, _OPTIONS[mode], virtual_batch_size=8)
+        for option in OPTIONS:
+            for mode in option.modes:
+                make = partial(_against_plain, mode, shape, option)
+                layout = f"NHWC, {option.name}"
+                yield Case("tensorflow", "ours, plain", mode, "float32", layout, shape, option.bar(mode), make)
     for mode in MODES:
         yield _case("keras.layers with jit_compile", mode, "NHWC", IMAGES[1], None, jit_compile=True)
         yield _case("keras.layers, eager", mode, "NHWC", IMAGES[1], None, traced=False)
@@ -48,12 +46,6 @@ def _case(
     axis = 1 if layout == "NCHW" else -1
     make = partial(_against_keras, mode, shape, axis, dtype, **options)
     return Case("tensorflow", peer, mode, dtype, layout, shape, bar, make)
-
-
-def _own(what: str, mode: Mode, shape: Shape, bar: float, **arguments: Any) -> Case:
-    peer = f"bnlayer without {what}"
-    make = partial(_against_ourselves, what, mode, shape, arguments)
-    return Case("tensorflow", peer, mode, "float32", "NHWC", shape, bar, make)
 
 
 def _against_keras(
@@ -85,26 +77,27 @@ def _against_keras(
     return Pair(partial(_timed, steps[0], x, dy), partial(_timed, steps[1], x, dy), results, tolerance)
 
 
-def _against_ourselves(what: str, mode: Mode, shape: Shape, arguments: dict[str, Any]) -> Pair:
-    import numpy as np
+def _against_plain(mode: Mode, shape: Shape, option: Option) -> Pair:
     import tensorflow as tf
 
     from bnlayer_keras import BatchNormalization
-    from bnlayer_tensorflow.paths import PATHS
 
-    x, dy = (tf.constant(a) for a in data(shape))
-    chance = np.random.default_rng(2).random(shape[:-1], dtype=np.float32)
-    call = {"mask": {"mask": tf.constant(chance < _VALID)}, "weights": {"weights": tf.constant(chance)}}.get(what, {})
+    arrays, weights = data(shape), option.weights(shape, -1)
+    x, dy = (tf.constant(a) for a in arrays)
+    given = {} if weights is None else {str(option.kind): tf.constant(weights)}
+    fields = option.fields(shape[0])
+    if "renorm" in fields:  # in Keras's words
+        fields = {"renorm": True, "renorm_clipping": {"rmax": 1.0, "rmin": 1.0, "dmax": 0.0}}
 
     def step(call: dict[str, Any], **arguments: Any) -> Any:
-        return tf.function(partial(_run, _layer(BatchNormalization(**arguments), shape), mode, **call))
+        layer = _layer(BatchNormalization(epsilon=_EPSILON, **arguments), shape)
+        return tf.function(partial(_run, layer, mode, **call))
 
-    ours, peer = step(call, **arguments), step({})
+    ours, peer = step(given, **fields), step({})
 
     def results() -> Any:
-        with PATHS.forced("composite"):  # the peer computes something else
-            right = step(call, **arguments)(x, dy)
-        return tuple(tuple(part.numpy() for part in parts) for parts in (ours(x, dy), right))
+        right = option.right(mode, arrays, parameters(shape[-1]), _EPSILON, -1)
+        return tuple(part.numpy() for part in ours(x, dy)), right
 
     return Pair(partial(_timed, ours, x, dy), partial(_timed, peer, x, dy), results)
 

@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
 
-import numpy as np
-
 from .cases import IMAGES, MODES, ROWS, Case, Mode, NDArray, Pair, Shape, data, parameters
+from .options import OPTIONS, Option
 
 _FIRST: Final = {"eval": 1.02, "train": 0.50, "grad": 0.85}
 _EPSILON: Final = 1e-5
-_GHOSTS: Final = 4
 _NAMES: Final = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
-
-
-@dataclass(frozen=True)
-class _Option:
-    """What our module can and torch's cannot, with the bars against our own plain call.
-
-    Attributes:
-        name: for the case's name.
-        bars: by mode; those for contiguous channels first where they are others.
-        weights: "mask" or "weights" of every position.
-        arguments: of our module, by the number of rows.
-        groups: which ghost batch each row is in, by the number of rows.
-    """
-
-    name: str
-    bars: Mapping[Mode, float]
-    first: Mapping[Mode, float] = field(default_factory=dict)
-    weights: str | None = None
-    arguments: Callable[[int], dict[str, Any]] = lambda _: {}
-    groups: Callable[[int], NDArray] | None = None
-
-
-def _renorm(_: int) -> dict[str, Any]:
-    from bnlayer import Renorm
-
-    # With these clips, which cost what others do, the result is that of the plain call.
-    return {"renorm": Renorm(r_max=1.0, r_min=1.0, d_max=0.0), "moving_variance_estimator": "biased"}
-
-
-def _ghosts(layout: str, rows: int) -> dict[str, Any]:
-    return {"virtual_batch_size": rows // _GHOSTS, "virtual_batch_layout": layout}
-
-
-_WEIGHTED: Final[dict[Mode, float]] = {"eval": 1.1, "train": 2.0, "grad": 2.0}
-_OTHER: Final[dict[Mode, float]] = {"train": 1.5, "grad": 1.5}
-_OPTIONS: Final = (
-    _Option("mask", _WEIGHTED, {"train": 1.5}, weights="mask"),
-    _Option("weights", _WEIGHTED, {"train": 1.5}, weights="weights"),
-    _Option("renorm", _OTHER, arguments=_renorm),
-    _Option("strided ghosts", _OTHER, arguments=partial(_ghosts, "strided"), groups=lambda n: np.arange(n) % _GHOSTS),
-    _Option(
-        "consecutive ghosts", _OTHER, arguments=partial(_ghosts, "consecutive"),
-        groups=lambda n: np.arange(n) // (n // _GHOSTS),
-    ),
-)  # fmt: skip
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
@@ -71,10 +23,10 @@ def cases(device: str = "cpu") -> Iterator[Case]:
         for mode in MODES:
             bar = _FIRST[mode] if layout == "NCHW" else 1.05 if shape == (8, 64) else 1.02
             yield _against_torch(device, mode, layout, shape, bar if bars else None)
-    for option in _OPTIONS:
+    for option in OPTIONS:
         for layout, shape in inputs:
-            for mode, usual in option.bars.items():
-                bar = option.first.get(mode, usual) if layout == "NCHW" else usual
+            for mode in option.modes:
+                bar = option.bar(mode, strict=layout == "NCHW")
                 make = partial(_option_pair, device, mode, layout, shape, option)
                 yield Case(
                     "torch", "ours, plain", mode, "float32", f"{layout}, {option.name}", shape,
@@ -111,25 +63,22 @@ def _torch_pair(device: str, mode: Mode, layout: str, shape: Shape, dtype: str, 
     return _pair(runs, lambda: tuple(_arrays(run()) for run in runs), tolerance, device)
 
 
-def _option_pair(device: str, mode: Mode, layout: str, shape: Shape, option: _Option) -> Pair:
+def _option_pair(device: str, mode: Mode, layout: str, shape: Shape, option: Option) -> Pair:
     import torch
 
     import bnlayer_torch
 
-    arrays = data(shape)
-    weights = None
-    if option.weights is not None:
-        rng = np.random.default_rng(2)
-        drawn = rng.uniform(0, 1, (shape[0], *shape[2:])).astype(np.float32)
-        weights = drawn > 0.2 if option.weights == "mask" else drawn
-    layers = [_layer(bnlayer_torch, mode, shape, device, **arguments) for arguments in (option.arguments(shape[0]), {})]
+    arrays, weights = data(shape), option.weights(shape, 1)
+    fields = option.fields(shape[0])
+    if "renorm" in fields:
+        fields["moving_variance_estimator"] = "biased"  # which renorm goes with, and torch's own is not
+    layers = [_layer(bnlayer_torch, mode, shape, device, **arguments) for arguments in (fields, {})]
     given = () if weights is None else (torch.from_numpy(weights).to(device),)
     tensors = _tensors(device, mode, layout, arrays, "float32")
     ours, peer = _run(layers[0], mode, *tensors, *given), _run(layers[1], mode, *tensors)
 
     def results() -> Any:
-        groups = None if option.groups is None else option.groups(shape[0])
-        return _arrays(ours()), _reference(mode, *arrays, weights, groups)
+        return _arrays(ours()), option.right(mode, arrays, parameters(shape[1]), _EPSILON, 1)
 
     return _pair([ours, peer], results, 1e-4, device)
 
@@ -190,27 +139,3 @@ def _pair(runs: list[Callable[[], Any]], results: Callable[[], Any], tolerance: 
 
 def _arrays(tensors: tuple[Any, ...]) -> tuple[NDArray, ...]:
     return tuple(tensor.detach().cpu().float().numpy().copy() for tensor in tensors)
-
-
-def _reference(
-    mode: Mode, x: NDArray, dy: NDArray, weights: NDArray | None, groups: NDArray | None
-) -> tuple[NDArray, ...]:
-    """y and dx by the definition, in double precision."""
-    wide = (1, -1, *[1] * (x.ndim - 2))
-    values = {name: value.reshape(wide).astype(np.float64) for name, value in parameters(x.shape[1]).items()}
-    if mode == "eval":
-        xhat = (x - values["moving_mean"]) / np.sqrt(values["moving_variance"] + _EPSILON)
-        return (values["gamma"] * xhat + values["beta"],)
-    axes = (0, *range(2, x.ndim))
-    y, dx = np.empty(x.shape), np.empty(x.shape)
-    for group in [np.arange(len(x))] if groups is None else [np.flatnonzero(groups == g) for g in np.unique(groups)]:
-        part, dpart = x[group].astype(np.float64), dy[group].astype(np.float64)
-        w = np.ones((1,) * x.ndim) if weights is None else np.expand_dims(weights, 1).astype(np.float64)
-        share = w / np.broadcast_to(w, (len(part), 1, *x.shape[2:])).sum()
-        mean = (share * part).sum(axes, keepdims=True)
-        sd = np.sqrt((share * np.square(part - mean)).sum(axes, keepdims=True) + _EPSILON)
-        xhat = (part - mean) / sd
-        y[group] = values["gamma"] * xhat + values["beta"]
-        sums = dpart.sum(axes, keepdims=True) + xhat * (dpart * xhat).sum(axes, keepdims=True)
-        dx[group] = values["gamma"] / sd * (dpart - share * sums)
-    return (y, dx) if mode == "grad" else (y,)

@@ -16,22 +16,26 @@ def reference(
     values: Mapping[str, NDArray],
     epsilon: float,
     *,
+    axis: int = -1,
     weights: NDArray | None = None,
     groups: NDArray | None = None,
 ) -> tuple[NDArray, ...]:
-    """y, and in mode "grad" dx, for channels last.
+    """y, and in mode "grad" dx, in double precision.
 
     Args:
         mode: of the case.
-        x, dy: the channel axis is the last.
+        x, dy: float arrays.
         values: gamma, beta, moving_mean, moving_variance.
         epsilon: added to the variance.
+        axis: the channel axis.
         weights: of x's shape without the channel axis.
         groups: which ghost batch each row is in.
     """
+    x, dy = np.moveaxis(x, axis, -1), np.moveaxis(dy, axis, -1)
     if mode == "eval":
         sd = np.sqrt(values["moving_variance"].astype(np.float64) + epsilon)
-        return (values["gamma"] * ((x - values["moving_mean"]) / sd) + values["beta"],)
+        y = values["gamma"] * ((x - values["moving_mean"]) / sd) + values["beta"]
+        return (np.moveaxis(y, -1, axis),)
     axes = tuple(range(x.ndim - 1))
     y, dx = np.empty(x.shape), np.empty(x.shape)
     members = [np.arange(len(x))] if groups is None else [np.flatnonzero(groups == g) for g in np.unique(groups)]
@@ -44,4 +48,4 @@ def reference(
         xhat = (part - mean) / sd
         y[rows] = values["gamma"] * xhat + values["beta"]
         dx[rows] = values["gamma"] / sd * (dpart - share * (dpart.sum(axes) + xhat * (dpart * xhat).sum(axes)))
-    return (y, dx) if mode == "grad" else (y,)
+    return tuple(np.moveaxis(found, -1, axis) for found in ((y, dx) if mode == "grad" else (y,)))
