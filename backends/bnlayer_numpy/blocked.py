@@ -166,7 +166,7 @@ def _gradient_sums(
 def _panel_gradient_sums(
     view: NDArray, dy: NDArray, panel: Panel, shifts: NDArray | None, arithmetic: np.dtype[Any], cuts: Sequence[Cut]
 ) -> tuple[NDArray, NDArray]:
-    load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic)
+    load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic, adjacent=True)
     of_dy, of_products = Sum(panel, arithmetic), Sum(panel, arithmetic)
     for at in cuts:
         x, g = load_x(view[at]), load_dy(dy[at])
@@ -288,7 +288,7 @@ def _panel_moments(
     cuts: Sequence[Cut],
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """The sums of x and of its squares, as far as these cuts go."""
-    load = _Loaded(panel, arithmetic)
+    load = _Loaded(panel, arithmetic, adjacent=True)
     first, second = Sum(panel, arithmetic), Sum(panel, arithmetic)
     for at in cuts:
         x = load(view[at])
@@ -362,15 +362,19 @@ def _all_channels(at: Cut) -> Cut:
 
 
 class _Loaded:
-    """A panel's blocks in the arithmetic: as they are, or converted into one buffer that all of them share."""
+    """A panel's blocks in the arithmetic: as they are, or converted into one buffer that all of them share.
 
-    def __init__(self, panel: Panel, arithmetic: np.dtype[Any]) -> None:
+    `adjacent`: so are those whose rows are not adjacent in memory, which every sum would copy to new memory.
+    """
+
+    def __init__(self, panel: Panel, arithmetic: np.dtype[Any], *, adjacent: bool = False) -> None:
         self._shape = panel.block
+        self._adjacent = adjacent
         self._arithmetic = arithmetic
         self._buffer: NDArray | None = None
 
     def __call__(self, block: NDArray) -> NDArray:
-        if block.dtype == self._arithmetic:
+        if block.dtype == self._arithmetic and (not self._adjacent or block.flags.c_contiguous):
             return block
         buffer = self.like(block)
         np.copyto(buffer, block, casting="unsafe")

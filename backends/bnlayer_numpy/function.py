@@ -15,11 +15,12 @@ from bnlayer.state import BatchNormState, array_dtype
 
 from . import blocked, definition
 from .averages import updated
-from .cache import Cache, Gradients, NDArray, Part
-from .layout import Layout, layout_of
+from .cache import Cache, Gradients, NDArray, Part, PartGradients
+from .layout import BLOCK_BYTES, Layout, layout_of
 from .paths import PATHS
 from .renorm import corrections
 from .statistics import Moments, batch_moments, combined, completed
+from .threads import FEWEST_BLOCKS, cores, each
 from .weights import of_rows, read_weights, related, unrelated
 
 WHOLE = slice(None)
@@ -108,9 +109,12 @@ def batch_norm_forward(
         cache = Cache(x, state.gamma, state.beta, weights, used, parts, plan, spec, layout)
         y = _empty(x, layout)
         target = None if layout is None else layout.view(y)
-        for part in parts:
+
+        def normalize(part: Part) -> None:
             if view is None or target is None or not blocked.normalize(view, target, cache, part):
                 y[part.rows] = definition.output(cache, part)
+
+        each(parts, normalize, large=_is_large(x))
         return y, after, cache
 
 
@@ -136,10 +140,14 @@ def batch_norm_backward(dy: NDArray, cache: Cache) -> Gradients:
     dweights = np.zeros(_shape_of_weights(plan)) if cache.weights_are_real else None
     with np.errstate(all="ignore"):
         views = None if layout is None else (layout.view(x), layout.view(dy), layout.view(dx))
-        for part in cache.parts:
+
+        def gradients(part: Part) -> PartGradients:
             found = None if views is None else blocked.gradients(*views, cache, part)
             if found is None:
                 dx[part.rows], found = definition.gradients(cache, part, dy[part.rows])
+            return found
+
+        for part, found in zip(cache.parts, each(cache.parts, gradients, large=_is_large(x)), strict=True):
             dgamma += found.dgamma
             dbeta += found.dbeta
             if dweights is not None and found.dweights is not None:
@@ -194,8 +202,8 @@ def _parts(
     values = None if weights is None else read_weights(weights, plan)
     limits = None if spec.renorm is None and clips is None else renorm_clips(spec, clips)
     cs = plan.channel_shape
-    parts, entering = [], []
-    for rows in plan.ghosts or (WHOLE,):
+
+    def part(rows: slice) -> tuple[Part, Moments | None]:
         of_part = x[rows]
         count = of_part.size // spec.num_features
         w = None
@@ -206,8 +214,7 @@ def _parts(
         if not plan.batch_statistics or count == 0 or (w is not None and w.total == 0):
             mean, variance = _moving(state, spec)
             scaling = None if layout is None else blocked.scaling_of(mean, variance, spec.epsilon, plan.arithmetic)
-            parts.append(Part(rows, mean.reshape(cs), variance.reshape(cs), 1.0, 0.0, None, w, scaling))
-            continue
+            return Part(rows, mean.reshape(cs), variance.reshape(cs), 1.0, 0.0, None, w, scaling), None
         found = (
             None if layout is None or view is None else blocked.moments(view[rows], layout, w, spec, plan.arithmetic)
         )
@@ -218,9 +225,16 @@ def _parts(
             batch = completed(mean.reshape(cs), variance.reshape(cs), w, count)
         r, d = (1.0, 0.0) if limits is None or not training else corrections(state, batch, spec, limits, plan)
         p = 1.0 / count if w is None else w.proportions
-        parts.append(Part(rows, batch.mean, batch.variance, r, d, p, w, scaling))
-        entering.append(batch)
-    return tuple(parts), combined(entering) if entering else None
+        return Part(rows, batch.mean, batch.variance, r, d, p, w, scaling), batch
+
+    found = each(plan.ghosts or (WHOLE,), part, large=_is_large(x))
+    entering = [batch for _, batch in found if batch is not None]
+    return tuple(each_part for each_part, _ in found), combined(entering) if entering else None
+
+
+def _is_large(x: NDArray) -> bool:
+    """Whether ghost batches of x are worth a thread."""
+    return x.nbytes >= FEWEST_BLOCKS * BLOCK_BYTES * cores()
 
 
 def _moving(state: BatchNormState[NDArray], spec: BatchNormSpec) -> tuple[NDArray, NDArray]:

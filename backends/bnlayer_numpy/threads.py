@@ -9,24 +9,44 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from functools import cache
 from itertools import pairwise
 from typing import Final, TypeVar
 
-Block = TypeVar("Block")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MOST: Final = 4  # few cores keep the memory busy
-_FEWEST_BLOCKS: Final = 4  # a thread's; handing work over takes as long as one block or less
+FEWEST_BLOCKS: Final = 4  # a thread's; handing work over takes as long as one block or less
+
+_sharing: Final = ContextVar("sharing", default=False)  # this thread does its share of several items
 
 
-def shared(blocks: Sequence[Block], work: Callable[[Sequence[Block]], Result]) -> list[Result]:
+def shared(blocks: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> list[Result]:
     """What `work` gives for parts of the blocks, in their order: one part, or one for each core where they are many.
 
     The parts must not depend on each other. What one raises is raised here, when all have ended.
     """
-    number = max(1, min(cores(), len(blocks) // _FEWEST_BLOCKS))
+    return _on_threads(1 if _sharing.get() else min(cores(), len(blocks) // FEWEST_BLOCKS), blocks, work)
+
+
+def each(items: Sequence[Item], work: Callable[[Item], Result], *, large: bool) -> list[Result]:
+    """What `work` gives for each item. Large ones that can be shared out evenly are, and then none of them is again."""
+    number = cores() if large and len(items) % cores() == 0 else 1
+    if number < 2 or _sharing.get():
+        return [work(item) for item in items]
+    token = _sharing.set(True)
+    try:
+        found = _on_threads(number, items, lambda part: [work(item) for item in part])
+    finally:
+        _sharing.reset(token)
+    return [result for part in found for result in part]
+
+
+def _on_threads(number: int, blocks: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> list[Result]:
+    if number < 2:
+        return [work(blocks)]
     ends = [len(blocks) * i // number for i in range(number + 1)]
     parts = [blocks[begin:end] for begin, end in pairwise(ends)]
     others = [_started(work, part) for part in parts[1:]]
@@ -39,7 +59,7 @@ def shared(blocks: Sequence[Block], work: Callable[[Sequence[Block]], Result]) -
     return [first, *(work(p) if o is None else o.result() for p, o in zip(parts[1:], others, strict=True))]
 
 
-def _started(work: Callable[[Sequence[Block]], Result], part: Sequence[Block]) -> Future[Result] | None:
+def _started(work: Callable[[Sequence[Item]], Result], part: Sequence[Item]) -> Future[Result] | None:
     """The work on another thread; None where there can be none, as while Python ends."""
     try:
         return _pool().submit(copy_context().run, work, part)  # the context has numpy's error state
