@@ -64,6 +64,7 @@ class Cache:
         parts: one for each set of statistics.
         plan, spec: of the call.
         layout: how x lies in memory; None where the definition computes all of the call.
+        ghosts: so many ghost batches are side by side in x, the parameters, the parts and the spec (see `abreast`).
     """
 
     x: NDArray
@@ -75,6 +76,13 @@ class Cache:
     plan: CallPlan
     spec: BatchNormSpec
     layout: Layout | None
+    ghosts: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x as it was given."""
+        n, c, *rest = self.x.shape
+        return self.x.shape if self.ghosts == 1 else (n * self.ghosts, c // self.ghosts, *rest)
 
     @property
     def weights_are_real(self) -> bool:
