@@ -13,7 +13,7 @@ from bnlayer_conformance import runner, vector
 
 tf = pytest.importorskip("tensorflow")
 
-from bnlayer_tensorflow import batch_norm  # noqa: E402
+from bnlayer_tensorflow import batch_norm, kernel  # noqa: E402
 from bnlayer_tensorflow.paths import PATHS  # noqa: E402
 
 LARGE, SMALL = (32, 16, 16, 16), (8, 4, 4, 4)
@@ -157,7 +157,7 @@ def data(kind):
     elif kind == "misleading":  # the sample is of mean 0, all else is not
         rows = x.reshape(-1, 8)
         rows[:, 3] += 1000
-        rows[:: len(rows) // 256, 3] -= 1000
+        rows[:: len(rows) // 64 + 1, 3] -= 1000
     return x, rng.normal(size=x.shape).astype("f4")
 
 
@@ -375,3 +375,12 @@ def test_what_the_kernel_cannot_differentiate():
         np.testing.assert_allclose(
             forward(tf.function(f, autograph=False, jit_compile=True)), want_forward, rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("probe", [kernel._two_pass, kernel._measured])
+def test_whether_the_kernel_takes_two_passes(probe):
+    """It does, unless XLA compiles it; an empty batch asks as well."""
+    for x in (tf.random.stateless_normal((5, 3), (1, 2)), tf.zeros((5, 3)), -tf.ones((5, 3)), tf.zeros((0, 3))):
+        traced = tf.function(probe, autograph=False)
+        assert probe(x) and traced(x)
+        assert len(x) == 0 or not tf.function(traced, autograph=False, jit_compile=True)(x)
