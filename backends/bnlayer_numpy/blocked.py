@@ -27,9 +27,8 @@ import numpy as np
 from bnlayer.spec import BatchNormSpec
 
 from .cache import Cache, NDArray, Part, PartGradients, Scaling
-from .layout import ALL, BLOCK_BYTES, Cut, Layout, Panel, fitted, joined, panels, put
+from .layout import ALL, BLOCK_BYTES, Cut, Layout, Panel, fitted, joined, long_rows, over, panels, put, side_by_side
 from .sums import Sum, total
-from .threads import shared
 from .weights import Weights, summed
 
 # Variances (plus epsilon) between these keep squares, products and scales of float32 far from its ends, 2**-126 and
@@ -91,18 +90,20 @@ def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
         offset += _flat(part.d) if cache.gamma is None else _flat(part.d) * cache.gamma
     if cache.beta is not None:
         offset += cache.beta
-    for panel in reversed(panels(view.shape, arithmetic.itemsize, shifted=shift is not None)):  # its end is in a cache
-        shifts = None if shift is None else panel.spread(shift, arithmetic)
-        scales, offsets = panel.spread(scale, arithmetic), panel.spread(offset, arithmetic)
-        shared(panel.cuts, partial(_normalized, view, target, panel, shifts, scales, offsets, arithmetic))
+    side = side_by_side(view, target)
+    view, target = long_rows(view, side), long_rows(target, side)
+    cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None)
+    over(cut, partial(_normalized, view, target, shift, scale, offset, side, arithmetic), backward=True)
     put(target, y[part.rows])
     return True
 
 
 def _normalized(
-    view: NDArray, target: NDArray, panel: Panel, shifts: NDArray | None, scales: NDArray, offsets: NDArray,
-    arithmetic: np.dtype[Any], cuts: Sequence[Cut],
+    view: NDArray, target: NDArray, shift: NDArray | None, scale: NDArray, offset: NDArray, side: int,
+    arithmetic: np.dtype[Any], panel: Panel, cuts: Sequence[Cut],
 ) -> None:  # fmt: skip
+    shifts = None if shift is None else panel.spread(shift, arithmetic, side)
+    scales, offsets = panel.spread(scale, arithmetic, side), panel.spread(offset, arithmetic, side)
     loaded = _Loaded(panel, arithmetic)
     for cut in reversed(cuts):
         x, result = loaded(view[cut]), target[cut]
@@ -138,7 +139,7 @@ def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) ->
     at = None if part.weights is None else _positions(part.weights, cache.layout, view, arithmetic)
     p = part.proportions if part.weights is None else 1.0
     slope, constant = p * scaling.rstd * s2, p * (s1 - scaling.rest * scaling.rstd * s2)
-    if not _projected(view, dy, target, cut, scaling.shift, slope, constant, scale, at, arithmetic):
+    if not _projected(view, dy, target, scaling.shift, slope, constant, scale, at, arithmetic):
         return None
     put(target, dx[part.rows])
     if part.weights is not None and cache.weights_are_real:
@@ -153,19 +154,14 @@ def _gradient_sums(
     view: NDArray, dy: NDArray, cut: tuple[Panel, ...], scaling: Scaling, arithmetic: np.dtype[Any]
 ) -> tuple[NDArray, NDArray]:
     """sum(dy) and sum(dy xhat)."""
-    sums, products = [], []
-    for panel in cut:
-        shifts = None if scaling.shift is None else panel.spread(scaling.shift, arithmetic)
-        found = shared(panel.cuts, partial(_panel_gradient_sums, view, dy, panel, shifts, arithmetic))
-        sums.append(total(of_dy for of_dy, _ in found))
-        products.append(total(of_products for _, of_products in found))
-    s1 = _joined(sums)
-    return s1, (_joined(products) - scaling.rest * s1) * scaling.rstd
+    s1, products = _totals(over(cut, partial(_panel_gradient_sums, view, dy, scaling.shift, arithmetic)))
+    return s1, (products - scaling.rest * s1) * scaling.rstd
 
 
 def _panel_gradient_sums(
-    view: NDArray, dy: NDArray, panel: Panel, shifts: NDArray | None, arithmetic: np.dtype[Any], cuts: Sequence[Cut]
+    view: NDArray, dy: NDArray, shift: NDArray | None, arithmetic: np.dtype[Any], panel: Panel, cuts: Sequence[Cut]
 ) -> tuple[NDArray, NDArray]:
+    shifts = None if shift is None else panel.spread(shift, arithmetic)
     load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic, adjacent=True)
     of_dy, of_products = Sum(panel, arithmetic), Sum(panel, arithmetic)
     for at in cuts:
@@ -174,7 +170,7 @@ def _panel_gradient_sums(
         if shifts is not None:
             x = np.subtract(x, fitted(shifts, x), out=buffer)
         of_dy.add(g)
-        of_products.add(np.multiply(x, g, out=buffer))
+        of_products.add_products(x, g, buffer)
     return of_dy.channels(), of_products.channels()
 
 
@@ -189,33 +185,33 @@ def _scaled(dy: NDArray, target: NDArray, cut: tuple[Panel, ...], scale: NDArray
 
 
 def _projected(
-    view: NDArray, dy: NDArray, target: NDArray, cut: tuple[Panel, ...], shift: NDArray | None, slope: NDArray,
+    view: NDArray, dy: NDArray, target: NDArray, shift: NDArray | None, slope: NDArray,
     constant: NDArray, scale: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any],
 ) -> bool:  # fmt: skip
     """dx = scale (dy - w (constant + (x - shift) slope)); False where what lies under a mask has spoilt it."""
-    for panel in reversed(cut):  # as in `normalize`
-        shifts = None if shift is None else panel.spread(shift, arithmetic)
-        slopes, constants = panel.spread(slope, arithmetic), panel.spread(constant, arithmetic)
-        scales = panel.spread(scale, arithmetic)
-        arrays = view, dy, target, panel, shifts, slopes, constants, scales, weights, arithmetic
-        if not all(shared(panel.cuts, partial(_panel_projected, *arrays))):
-            return False
-    return True
+    side = side_by_side(view, dy, target) if weights is None else 1
+    view, dy, target = long_rows(view, side), long_rows(dy, side), long_rows(target, side)
+    cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None)
+    work = partial(_panel_projected, view, dy, target, shift, slope, constant, scale, weights, side, arithmetic)
+    return all(all(found) for found in over(cut, work, backward=True))
 
 
 def _panel_projected(
-    view: NDArray, dy: NDArray, target: NDArray, panel: Panel, shifts: NDArray | None, slopes: NDArray,
-    constants: NDArray, scales: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any], cuts: Sequence[Cut],
+    view: NDArray, dy: NDArray, target: NDArray, shift: NDArray | None, slope: NDArray, constant: NDArray,
+    scale: NDArray, weights: NDArray | None, side: int, arithmetic: np.dtype[Any], panel: Panel, cuts: Sequence[Cut],
 ) -> bool:  # fmt: skip
+    shifts = None if shift is None else panel.spread(shift, arithmetic, side)
+    slopes, constants = panel.spread(slope, arithmetic, side), panel.spread(constant, arithmetic, side)
+    scales = panel.spread(scale, arithmetic, side)
     load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic)
-    check = Sum(panel, arithmetic)
+    check = None if weights is None else Sum(panel, arithmetic)
     for at in reversed(cuts):
         x, g, result = load_x(view[at]), load_dy(dy[at]), target[at]
         buffer = result if result.dtype == arithmetic else load_x.like(x)
         if shifts is not None:
             x = np.subtract(x, fitted(shifts, x), out=buffer)
         np.multiply(x, fitted(slopes, x), out=buffer)
-        if weights is None:
+        if weights is None or check is None:
             np.subtract(g, buffer, out=buffer)
             np.subtract(buffer, fitted(constants, x), out=buffer)
         else:
@@ -224,7 +220,7 @@ def _panel_projected(
             check.add(buffer)
             np.subtract(g, buffer, out=buffer)
         np.multiply(buffer, fitted(scales, x), out=result, casting="unsafe")
-    return weights is None or bool(np.isfinite(check.channels()).all())
+    return check is None or bool(np.isfinite(check.channels()).all())
 
 
 def _dweights(
@@ -265,16 +261,12 @@ def _moments(
     view: NDArray, shift: NDArray | None, weights: NDArray | None, spec: BatchNormSpec, arithmetic: np.dtype[Any]
 ) -> tuple[NDArray, NDArray, Scaling] | None:
     """`moments` with this shift."""
-    sums, squares = [], []
-    for panel in panels(view.shape, arithmetic.itemsize, shifted=shift is not None):
-        shifts = None if shift is None else panel.spread(shift, arithmetic)
-        found = shared(panel.cuts, partial(_panel_moments, view, panel, shifts, weights, arithmetic))
-        sums.append(total(first for first, _ in found))
-        squares.append(total(second for _, second in found))
+    cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None)
+    sums, squares = _totals(over(cut, partial(_panel_moments, view, shift, weights, arithmetic)))
     p = view.shape[2] / view.size if weights is None else 1.0
-    rest = _joined(sums) * p
+    rest = sums * p
     square = rest * rest
-    variance = _joined(squares) * p - square
+    variance = squares * p - square
     if not (square <= SQUARES * variance).all() or not variance.dot(variance) <= LARGEST_VARIANCE**2:
         return None
     if spec.stats_dtype == "float64" and arithmetic == np.float32 and not (variance >= LEAST_VARIANCE).all():
@@ -284,10 +276,11 @@ def _moments(
 
 
 def _panel_moments(
-    view: NDArray, panel: Panel, shifts: NDArray | None, weights: NDArray | None, arithmetic: np.dtype[Any],
+    view: NDArray, shift: NDArray | None, weights: NDArray | None, arithmetic: np.dtype[Any], panel: Panel,
     cuts: Sequence[Cut],
 ) -> tuple[NDArray, NDArray]:  # fmt: skip
     """The sums of x and of its squares, as far as these cuts go."""
+    shifts = None if shift is None else panel.spread(shift, arithmetic)
     load = _Loaded(panel, arithmetic, adjacent=True)
     first, second = Sum(panel, arithmetic), Sum(panel, arithmetic)
     for at in cuts:
@@ -297,7 +290,7 @@ def _panel_moments(
             x = np.subtract(x, fitted(shifts, x), out=buffer)
         if weights is None:
             first.add(x)
-            second.add(np.multiply(x, x, out=buffer))
+            second.add_products(x, x, buffer)
         else:
             w = weights[_all_channels(at)]
             first.add_weighted(x, w)
@@ -353,8 +346,12 @@ def _flat(values: NDArray | float) -> NDArray | float:
     return values.reshape(-1) if isinstance(values, np.ndarray) else values
 
 
-def _joined(of_panels: list[NDArray]) -> NDArray:
-    return of_panels[0] if len(of_panels) == 1 else np.concatenate(of_panels)
+def _totals(found: list[list[tuple[NDArray, NDArray]]]) -> tuple[NDArray, NDArray]:
+    """Two sums, (C,), from what was found of both for parts of each panel."""
+    if len(found) == len(found[0]) == 1:
+        return found[0][0]
+    first, second = (np.concatenate([total(pair[i] for pair in panel) for panel in found]) for i in (0, 1))
+    return first, second
 
 
 def _all_channels(at: Cut) -> Cut:

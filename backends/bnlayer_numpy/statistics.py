@@ -7,8 +7,7 @@ deviations from the mean, never E[x^2] - E[x]^2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +18,7 @@ from .weights import Weights
 NDArray = np.ndarray[Any, np.dtype[Any]]
 
 
-@dataclass(frozen=True, eq=False)
-class Moments:
+class Moments(NamedTuple):
     """One batch's mean, biased and unbiased variance: float64, of the plan's `channel_shape`; its total weight."""
 
     mean: NDArray
