@@ -19,16 +19,20 @@ class Paths:
 
         with PATHS.forced("fused") as taken: ...
         assert taken["fused"]
+
+    Attributes:
+        names: of the paths.
+        wanted: None as a rule; within `forced` what it was given, and its count. `watched` without a call of Python.
     """
 
     def __init__(self, *names: str) -> None:
         self.names = names
-        self._wanted: ContextVar[tuple[str | None, Counter[str]] | None] = ContextVar("wanted", default=None)
+        self.wanted: ContextVar[tuple[str | None, Counter[str]] | None] = ContextVar("wanted", default=None)
 
     @property
     def watched(self) -> bool:
         """Whether `forced` holds; where not, a backend need not find out which paths are able besides the fastest."""
-        return self._wanted.get() is not None
+        return self.wanted.get() is not None
 
     def chosen(self, fastest: str, able: Collection[str]) -> str:
         """The path to take.
@@ -37,7 +41,7 @@ class Paths:
             fastest: what to take unless another is forced.
             able: the paths that compute this call exactly as the spec says, `fastest` among them.
         """
-        wanted = self._wanted.get()
+        wanted = self.wanted.get()
         if wanted is None:
             return fastest
         name, taken = wanted
@@ -56,8 +60,8 @@ class Paths:
         if name is not None and name not in self.names:
             raise ValueError(f"the paths are {', '.join(self.names)}; got {name!r}.")
         taken: Counter[str] = Counter()
-        token = self._wanted.set((name, taken))
+        token = self.wanted.set((name, taken))
         try:
             yield taken
         finally:
-            self._wanted.reset(token)
+            self.wanted.reset(token)

@@ -19,6 +19,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bnlayer.call import CallPlan
 
@@ -49,30 +50,48 @@ Batch = tuple[Tensor, Tensor]  # mean and biased variance, (C,) each, without gr
 
 @dataclass(frozen=True)
 class Way:
-    """How a batch's own statistics are to normalize it: a path of `PATHS`, and the order of x that it needs."""
+    """How a batch's own statistics are to normalize it.
+
+    Attributes:
+        path: one of `PATHS`.
+        order: of x, where the path needs it.
+        centered: whether the kernel gets x minus its mean.
+    """
 
     path: str
     order: Order | None = None
+    centered: bool = False
 
 
 NATIVE: Final = Way("native")
+CENTERED: Final = Way("native", centered=True)
 CHECKED: Final = Way("checked")
 
 
-def may_differ(x: Tensor, drifts: bool) -> bool:
-    """Whether `way_of` may know of another path than the kernel alone; cheaper to ask than that."""
-    return drifts or (x.dim() > 2 and x.numel() >= _MANY_ROWS) or PATHS.watched
-
-
-def way_of(x: Tensor, axis: int, count: int, epsilon: float) -> Way:
-    """The path of a call that torch's kernel can compute, and around which is nothing, or a recomputation."""
-    if x.dtype in HALVES or epsilon < _LEAST_EPSILON or count <= 1:
-        return NATIVE
+def way_of(x: Tensor, axis: int, count: int, epsilon: float, *, plain: bool) -> Way:
+    """The path of a call that torch's kernel can compute; `plain`: around which is nothing, or a recomputation."""
+    if (
+        plain
+        and PATHS.wanted.get() is None
+        and axis == 1
+        and type(x) is Tensor
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and x.layout is torch.strided
+        and (x.dim() == 2 or not x.is_contiguous())
+        and epsilon >= _LEAST_EPSILON
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+    ):
+        # What all that is below would find of the commonest calls. Each function of it costs half a percent of a call
+        # of a millisecond: the kernel's passes over x have driven its code out of the processor's caches.
+        return NATIVE if count <= _ALWAYS_SHORT or count <= _longest(count) else CHECKED
     drifts = sums_drift(x, axis, count)
-    if not may_differ(x, drifts) or not can_look(x):
-        return NATIVE
-    if drifts and x.dtype == torch.float32 and not PATHS.watched:
-        return CHECKED
+    alone = CENTERED if drifts else NATIVE
+    if not plain or not (drifts or PATHS.watched or (x.dim() > 2 and x.numel() >= _MANY_ROWS)):
+        return alone
+    if x.dtype in HALVES or epsilon < _LEAST_EPSILON or count <= 1 or not can_look(x):
+        return alone
     order = order_of(x, axis)
     if order is None:
         able: tuple[str, ...] = ("native", "checked")
@@ -84,7 +103,7 @@ def way_of(x: Tensor, axis: int, count: int, epsilon: float) -> Way:
         able = ("native", "rows")
         fastest = "rows" if drifts or x.numel() >= _MANY_ROWS else "native"
     path = PATHS.chosen(fastest, able)
-    return NATIVE if path == "native" else CHECKED if path == "checked" else Way(path, order)
+    return alone if path == "native" else CHECKED if path == "checked" else Way(path, order)
 
 
 def weighted_order(x: Tensor, weights: Tensor, axis: int, count: int, epsilon: float) -> Order | None:
@@ -116,19 +135,25 @@ def from_batch(
     """
     gamma = paired(gamma, beta)
     if way.path == "checked":
-        mean = torch.zeros(x.shape[axis], dtype=x.dtype)
-        unbiased = torch.zeros_like(mean)
-        found = checked(x, gamma, beta, (mean, unbiased), 1.0, epsilon, axis)
-        if found is not None:
-            return found, (mean, unbiased * ((count - 1) / count))
-        order = order_of(x, axis)
-        way = NATIVE if order is None else Way("columns", order)
+        mean, unbiased = torch.zeros(2, x.shape[axis], dtype=x.dtype).unbind()
+        passed = False
+
+        def looked_at(x: Tensor) -> Tensor:
+            nonlocal passed
+            y, passed = checked(x, gamma, beta, mean, unbiased, 1.0, epsilon)
+            return y
+
+        y = _on_axis_1(looked_at, x, axis)
+        if passed:
+            return y, (mean, unbiased * ((count - 1) / count))
+        way = unchecked(x, axis)
     if way.order is not None:
         batch = measured(x, way.order, count)
         if batch is not None:
             return by_known(x, gamma, beta, *batch, epsilon, way.order), batch
+        way = CENTERED if sums_drift(x, axis, count) else NATIVE
     shift = None
-    if sums_drift(x, axis, count):
+    if way.centered:
         shift = x.detach().mean([i for i in range(x.dim()) if i != axis], keepdim=True)
         x = x - shift
     # Zeros like a row of x, and not just zeros: under vmap they have to be as many as x.
@@ -157,14 +182,14 @@ def statistics(x: Tensor, axis: int, count: int, epsilon: float) -> tuple[Order,
     order = order_of(x, axis) if epsilon >= _LEAST_EPSILON and can_look(x) else None
     if order is None:
         return None
-    path = way_of(x, axis, count, epsilon).path
-    if path in ("rows", "columns"):
+    way = way_of(x, axis, count, epsilon, plain=True)
+    if way.path in ("rows", "columns"):
         batch = measured(x, order, count)
         return None if batch is None else (order, batch)
-    if path == "native" and sums_drift(x, axis, count):
+    if way.centered:
         return None
     mean, variance = torch.ops.aten.batch_norm_update_stats(order.merge(x.detach()), None, None, 0.0)
-    if path == "native" or torch.square(mean).sub_(variance, alpha=_RATIO_CHECKED).amax().item() <= 0:
+    if way.path == "native" or torch.square(mean).sub_(variance, alpha=_RATIO_CHECKED).amax().item() <= 0:
         return order, (mean, variance)
     batch = measured(x, order, count)
     return None if batch is None else (order, batch)
@@ -174,38 +199,40 @@ def checked(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    running: tuple[Tensor, Tensor],
+    running_mean: Tensor,
+    running_variance: Tensor,
     momentum: float,
     epsilon: float,
-    axis: int,
-) -> Tensor | None:
-    """y by the kernel, which also moves the running mean and variance; None where its statistics are not good enough.
+) -> tuple[Tensor, bool]:
+    """y by the kernel, which also moves the running mean and variance; and whether its statistics are good enough.
 
-    Then the two are as they were.
+    If not, the two are as they were. The channel axis is 1, and x is not ambiguous.
     """
-    before = torch.stack(running)
-    found: list[Tensor] = []
-
-    def kernel(x: Tensor) -> Tensor:
-        y, *rest = torch.native_batch_norm(x, gamma, beta, *running, True, momentum, epsilon)
-        found.extend(rest)
-        return y
-
-    y = _on_axis_1(kernel, x, axis)
-    mean, rstd = found
+    before = torch.cat((running_mean, running_variance))
+    y, mean, rstd = torch.native_batch_norm(x, gamma, beta, running_mean, running_variance, True, momentum, epsilon)
     # m^2 <= T v is (m^2 + T epsilon)/(v + epsilon) <= T, up to its roundings. Written so that what is not a number is
     # no pass, and with few operations: after the kernel's passes over x their code is out of the processor's caches.
-    most = _RATIO_CHECKED**0.5 * (1.0 + 8 * torch.finfo(x.dtype).eps)
-    if torch.hypot(mean, _scalar((_RATIO_CHECKED * epsilon) ** 0.5)).mul_(rstd).amax().item() <= most:
-        return y
-    running[0].copy_(before[0])
-    running[1].copy_(before[1])
-    return None
+    if torch.hypot(mean, _hidden(epsilon)).mul_(rstd).max().item() <= _MOST:
+        return y, True
+    old_mean, old_variance = before.chunk(2)
+    running_mean.copy_(old_mean)
+    running_variance.copy_(old_variance)
+    return y, False
+
+
+def unchecked(x: Tensor, axis: int) -> Way:
+    """The way of what did not pass the check."""
+    order = order_of(x, axis)
+    return CENTERED if order is None else Way("columns", order)
+
+
+_MOST: Final = _RATIO_CHECKED**0.5 * (1.0 + 8 * torch.finfo(torch.float32).eps)
 
 
 @lru_cache
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64, device="cpu")
+def _hidden(epsilon: float) -> Tensor:
+    # Of one axis, for a number without any would be converted first.
+    return torch.tensor([(_RATIO_CHECKED * epsilon) ** 0.5], dtype=torch.float32, device="cpu")
 
 
 def from_moving(
@@ -232,14 +259,15 @@ def sums_drift(x: Tensor, axis: int, count: int) -> bool:
     On the CPU it adds up one element after the other in x's own precision, but for float32 with the positions
     innermost, which it adds in double. Half inputs have so few bits that their sums in float32 stay exact for longer.
     """
-    if x.device.type != "cpu" or x.dtype in HALVES:
+    dtype = x.dtype
+    if not x.is_cpu or dtype in HALVES:
         return False
     # An export for any size must not ask for it, and what is compiled may run with fewer threads.
     if not isinstance(count, torch.SymInt) and (
         count <= _ALWAYS_SHORT or (not torch.compiler.is_compiling() and count <= _longest(count))
     ):
         return False
-    in_double = x.dtype == torch.float32 and x.is_contiguous() and math.prod(x.shape[axis + 1 :]) > 1
+    in_double = dtype is torch.float32 and x.dim() > 2 and x.is_contiguous() and math.prod(x.shape[axis + 1 :]) > 1
     return not in_double
 
 

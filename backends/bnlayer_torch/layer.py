@@ -24,8 +24,7 @@ from bnlayer.state import BatchNormState, array_names
 
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
-from .fused import NATIVE, Way, checked, from_batch, is_ambiguous, loses_gradients, may_differ, sums_drift, way_of
-from .orders import order_of
+from .fused import checked, from_batch, is_ambiguous, loses_gradients, unchecked, way_of
 from .surroundings import around, write
 from .synchronized import GroupReference
 from .tensors import EXTRA_BUFFERS, tensors_of
@@ -88,7 +87,7 @@ class Module(TorchBatchNorm):
     _process_group: GroupReference | None = None
     _param_dtype: str = "float32"
     _stats_dtype: str = "float32"
-    _remembered: tuple[_Said, BatchNormSpec] | None = None
+    _remembered: tuple[_Said, BatchNormSpec, tuple[bool, bool]] | None = None
 
     qconfig = Qconfig()
 
@@ -178,9 +177,27 @@ class Module(TorchBatchNorm):
         """Find the spec now that nothing is traced: torch.compile cannot follow how it is checked."""
         try:
             said = self._said()
-            self.__dict__["_remembered"] = said, _spec(*said)
+            self.__dict__["_remembered"] = said, _spec(*said), self._plain()
         except SpecError:
             self.__dict__["_remembered"] = None  # the next call refuses it
+
+    def _plain(self) -> tuple[bool, bool]:
+        """Whether torch's kernel can do all that the attributes ask for: in eval, in training."""
+        epsilon, momentum = self.__dict__["eps"], self.momentum
+        in_eval = (
+            self.track_running_stats and self.axis == 1 and isinstance(epsilon, float) and 0.0 < epsilon < torch.inf
+        )
+        return in_eval, (
+            in_eval
+            and isinstance(momentum, float)
+            and 0.0 <= momentum <= 1.0
+            and self.moving_variance_estimator == "unbiased"
+            and self.nonfinite == "propagate"
+            and self.zero_debias == "none"
+            and self.renorm is None
+            and self.virtual_batch_size is None
+            and not self.synchronized
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -310,28 +327,18 @@ class Module(TorchBatchNorm):
         Always None for what has to be refused: `batch_norm` says what is wrong with it. As attributes a module's
         tensors are slow to look up, so they are taken from where it keeps them.
         """
-        buffers, eps = self._buffers, self.__dict__["eps"]
+        remembered, buffers, parameters = self._remembered, self._buffers, self._parameters
+        in_eval, in_training = self._plain() if remembered is None else remembered[2]
+        if not (in_training if training else in_eval):
+            return None
         mean, variance = buffers.get("running_mean"), buffers.get("running_var")
-        if (
-            mean is None
-            or variance is None
-            or not self.track_running_stats
-            or self.axis != 1
-            or not isinstance(eps, float)
+        if mean is None or variance is None:
+            return None
+        stored, shape, features = mean.dtype, x.shape, self.num_features
+        if not (stored is x.dtype is torch.float32 or _computes(stored, x)) or (
+            len(shape) < 2 or shape[1] != features or (len(shape) > 3 and is_ambiguous(x))
         ):
             return None
-        stored, given, shape = mean.dtype, x.dtype, x.shape
-        if (
-            not 0.0 < eps < torch.inf
-            or stored in HALVES
-            or (given is not stored and not (stored is torch.float32 and given in HALVES))
-            or len(shape) < 2
-            or shape[1] != self.num_features
-            or is_ambiguous(x)
-            or loses_gradients(x)
-        ):
-            return None
-        parameters = self._parameters
         if "weight" in parameters and "bias" in parameters:
             weight, bias = parameters["weight"], parameters["bias"]
         else:  # what computes a parameter from others keeps it elsewhere
@@ -340,43 +347,34 @@ class Module(TorchBatchNorm):
             return None
         if weight is not None and weight.dtype is not stored:
             return None
-        count = x.numel() // self.num_features
-        momentum = self.momentum
-        factor = momentum if isinstance(momentum, float) else 0.0  # in eval too: an exported file says what it was
+        count, eps, momentum = x.numel() // features, self.__dict__["eps"], self.momentum
         if training:
             counter = buffers.get("num_batches_tracked")
-            if (
-                count < 2
-                or not isinstance(momentum, float)
-                or not 0.0 <= momentum <= 1.0
-                or counter is None
-                or self.moving_variance_estimator != "unbiased"
-                or self.nonfinite != "propagate"
-                or self.zero_debias != "none"
-                or self.renorm is not None
-                or self.virtual_batch_size is not None
-                or self.synchronized
-            ):
+            if count < 2 or counter is None:
                 return None
+            assert momentum is not None
             what = around()
-            drifts = sums_drift(x, 1, count)
-            plain = what in ("nothing", "recomputation")
-            way = way_of(x, 1, count, eps) if plain and may_differ(x, drifts) else NATIVE
-            if what == "transform" or (drifts and way.path == "native"):
+            way = way_of(x, 1, count, eps, plain=what == "nothing" or what == "recomputation")
+            if what == "transform" or way.centered:
                 return None
-            if way.path != "native":
-                y = self._by_way(x, weight, bias, mean, variance, momentum if what == "nothing" else None, count, way)
-                if what == "nothing":
-                    counter.add_(1)
-                return y
+            if what == "nothing" and torch.is_grad_enabled():
+                # The kernel keeps what it is given for the backward pass, which in training makes no use of it. By
+                # another handle on the same memory a later change of the statistics does not look like damage to it.
+                mean, variance = mean.data, variance.data
             if what == "recomputation":
                 mean, variance = mean.clone(), variance.clone()  # the update goes nowhere
             else:
                 counter.add_(1)
-            if what == "nothing":
-                # The kernel keeps what it is given for the backward pass, which in training makes no use of it. By
-                # another handle on the same memory a later change of the statistics does not look like damage to it.
-                mean, variance = mean.data, variance.data
+            if way.path == "checked":
+                y, passed = checked(x, weight, bias, mean, variance, momentum, eps)
+                if passed:
+                    return y
+                way = unchecked(x, 1)
+            if way.path != "native":
+                y, (batch_mean, batch_variance) = from_batch(x, weight, bias, eps, 1, count, way)
+                mean.mul_(1.0 - momentum).add_(batch_mean, alpha=momentum)
+                variance.mul_(1.0 - momentum).add_(batch_variance, alpha=momentum * (count / (count - 1)))
+                return y
         elif count == 0:
             return None
         elif (
@@ -386,34 +384,10 @@ class Module(TorchBatchNorm):
         ):
             # Here the backward pass does use them, and a later training call changes them in place.
             mean, variance = mean.clone(), variance.clone()
+        factor = momentum if isinstance(momentum, float) else 0.0  # in eval too: an exported file says what it was
         return torch.batch_norm(
             x, weight, bias, mean, variance, training, factor, eps, torch.backends.cudnn.enabled
         )  # fmt: skip
-
-    def _by_way(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        momentum: float | None,
-        count: int,
-        way: Way,
-    ) -> Tensor:
-        """y, and the running statistics moved in place unless `momentum` is None; arguments as `_fused` found them."""
-        eps: float = self.__dict__["eps"]
-        if way.path == "checked" and momentum is not None:
-            y = checked(x, weight, bias, (mean.data, variance.data), momentum, eps, 1)
-            if y is not None:
-                return y
-            order = order_of(x, 1)
-            way = NATIVE if order is None else Way("columns", order)
-        y, (batch_mean, batch_variance) = from_batch(x, weight, bias, eps, 1, count, way)
-        if momentum is not None:
-            mean.mul_(1.0 - momentum).add_(batch_mean, alpha=momentum)
-            variance.mul_(1.0 - momentum).add_(batch_variance, alpha=momentum * (count / (count - 1)))
-        return y
 
     def _state(self, spec: BatchNormSpec, *, copied: bool = False) -> BatchNormState[Tensor]:
         """The module's tensors as a state; with `copied`, statistics that later calls do not change in place."""
@@ -617,6 +591,13 @@ def _checked_renorm(renorm: object) -> Renorm | None:
     if renorm is None or isinstance(renorm, Renorm):
         return renorm
     raise SpecError(f"renorm must be None or a bnlayer.Renorm; got {renorm!r}.")
+
+
+def _computes(stored: torch.dtype, x: Tensor) -> bool:
+    """Whether torch's kernel is for x and statistics of this dtype."""
+    if stored in HALVES:
+        return False
+    return x.dtype is stored or (stored is torch.float32 and x.dtype in HALVES and not loses_gradients(x))
 
 
 def _learns(parameter: Tensor | None) -> bool:

@@ -191,8 +191,7 @@ def _fused(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, spec: BatchNormSpec, plan: CallPlan
 ) -> tuple[Tensor, Moments]:
     assert plan.count is not None
-    plain = around() in ("nothing", "recomputation")
-    way = fused.way_of(x, plan.axis, plan.count, spec.epsilon) if plain else fused.NATIVE
+    way = fused.way_of(x, plan.axis, plan.count, spec.epsilon, plain=around() in ("nothing", "recomputation"))
     y, (mean, variance) = fused.from_batch(x, gamma, beta, spec.epsilon, plan.axis, plan.count, way)
     return y, Moments(mean, variance, variance * (plan.count / (plan.count - 1)))
 

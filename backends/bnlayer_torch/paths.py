@@ -25,7 +25,7 @@ def can_look(x: Tensor) -> bool:
     """
     return (
         (type(x) is Tensor or type(x) is Parameter)
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.layout is torch.strided
         and forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0

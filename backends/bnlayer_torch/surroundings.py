@@ -27,9 +27,9 @@ def around() -> Around:
             memory: as both kinds of torch.utils.checkpoint do, which ask the same question, and reversible networks.
         "nothing": none of these.
     """
-    if torch.compiler.is_dynamo_compiling():
-        return "compilation"
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling():
+        return "compilation" if torch.compiler.is_dynamo_compiling() else "trace"
+    if torch._C._is_tracing():
         return "trace"
     if _functorch.peek_interpreter_stack() is not None:
         return "transform"
