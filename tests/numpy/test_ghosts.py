@@ -37,32 +37,39 @@ def test_a_ghost_batch_is_a_batch(shape: tuple[int, ...], layout: Any, renorm: R
         virtual_batch_layout=layout,
     )
     x, dy, state = drawn(shape, spec, dtype)
+    after: Any
     y, after, cache = batch_norm_forward(x, state, spec, training=True)
-    found = batch_norm_backward(dy, cache)
+    found: Any = batch_norm_backward(dy, cache)
 
     rows = [np.arange(g, shape[0], ghosts) for g in range(ghosts)]
     if layout == "consecutive":
         rows = np.array_split(np.arange(shape[0]), ghosts)
-    dgamma, dbeta, entered = 0.0, 0.0, []
+    dgamma: Any = 0.0
+    dbeta: Any = 0.0
+    entered: list[tuple[Any, int]] = []
     for of_ghost in rows:
         one, moved, own = batch_norm_forward(x[of_ghost], state, whole, training=True)
-        gradients = batch_norm_backward(dy[of_ghost], own)
+        gradients: Any = batch_norm_backward(dy[of_ghost], own)
         np.testing.assert_allclose(y[of_ghost], one, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found.dx[of_ghost], gradients.dx, rtol=1e-5, atol=1e-5)
-        assert gradients.dgamma is not None and gradients.dbeta is not None
         dgamma, dbeta = dgamma + gradients.dgamma, dbeta + gradients.dbeta
         entered.append((moved.moving_mean, len(of_ghost)))
     scale = np.sqrt(dy.size / shape[1])  # what a sum of so many normal numbers is about
     np.testing.assert_allclose(found.dgamma, dgamma, rtol=1e-5, atol=1e-5 * scale)
     np.testing.assert_allclose(found.dbeta, dbeta, rtol=1e-5, atol=1e-5 * scale)
     assert after.num_updates == 1
-    mean = sum(value * count for value, count in entered) / shape[0]
+    mean: Any = sum(value * count for value, count in entered) / shape[0]
     np.testing.assert_allclose(after.moving_mean, mean, rtol=1e-5)
 
 
 def test_strided_ghosts_of_adjacent_rows_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    monkeypatch.setattr(function, "widened", lambda *of: read.append(of[-1]) or abreast.widened(*of))
+
+    def widened(*of: Any) -> Any:
+        read.append(of[-1])
+        return abreast.widened(*of)
+
+    monkeypatch.setattr(function, "widened", widened)
     spec = BatchNormSpec(5, axis=1, virtual_batch_size=6)
     x, dy, state = drawn((24, 5, 4, 3), spec, "float32")
     batch_norm_forward(x, state, spec, training=True)
