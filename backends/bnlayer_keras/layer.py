@@ -271,7 +271,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     @property
     def state(self) -> BatchNormState[Any]:
         """The current values of the layer's variables, as tensors of the framework that Keras runs on."""
-        arrays = {name: getattr(self, name).value for name in array_names(self.spec)}
+        return self._state(self.spec)
+
+    def _state(self, spec: BatchNormSpec) -> BatchNormState[Any]:
+        arrays = {name: getattr(self, name).value for name in array_names(spec)}
         return BatchNormState(**arrays, num_updates=self.num_updates.value)
 
     def call(
@@ -285,7 +288,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         renorm_clips: Mapping[str, Any] | None = None,
     ) -> Any:
         """Normalize the inputs; see the class."""
-        spec, before = self.spec, self.state
+        given = (mask, weights, adjustment, renorm_clips)
+        if update_stats and all(each is None for each in given) and self._is_plain():
+            y = runtime.current().plain(self, inputs, bool(training) and self.trainable and not self.frozen_statistics)
+            if y is not None:
+                return y
+        spec = self.spec
+        before = self._state(spec)
         learns = trains(spec, bool(training) and self.trainable, self.frozen_statistics)
         if self.autocast and keras.backend.standardize_dtype(inputs.dtype) not in FLOAT_DTYPES:
             inputs = keras.ops.cast(inputs, self.compute_dtype)
@@ -310,6 +319,22 @@ class BatchNormalization(keras.layers.BatchNormalization):
                     getattr(self, name).assign(getattr(after, name))
             self.num_updates.assign(after.num_updates)
         return y
+
+    def _is_plain(self) -> bool:
+        """Whether the layer is as Keras's own may be, but for the estimator of the moving variance."""
+        return (
+            self.built
+            and self.track_moving_stats
+            and self.adjustment is None
+            and self.virtual_batch_size is None
+            and self.zero_debias == "none"
+            and self.nonfinite == "propagate"
+            and not (self.renorm or self.cumulative or self.synchronized)
+            and isinstance(self.momentum, float)
+            and 0.0 <= self.momentum <= 1.0
+            and isinstance(self.epsilon, float)
+            and 0.0 < self.epsilon < float("inf")
+        )
 
     def compute_output_spec(
         self,

@@ -14,7 +14,12 @@ from bnlayer_tensorflow import batch_norm
 
 from .runtime import Forward
 
-__all__ = ["batch_norm", "counter_among_variables", "counter_dtype", "device", "precision", "step"]
+__all__ = ["batch_norm", "counter_among_variables", "counter_dtype", "device", "plain", "precision", "step"]
+
+
+def plain(layer: Any, x: Any, training: bool) -> Any | None:
+    """See `runtime.Runtime`: a compiled step has no use for it."""
+    return None
 
 
 def counter_dtype() -> str:

@@ -31,6 +31,16 @@ class Runtime(Protocol):
         """The function of the backend for this framework."""
         ...
 
+    def plain(self, layer: Any, x: Any, training: bool) -> Any | None:
+        """y by the framework's kernel, and the layer's variables moved; None where `batch_norm` has to do it.
+
+        Args:
+            layer: of ours, as Keras's own may be; its variables have any dtype.
+            x: the inputs.
+            training: whether the batch's own statistics normalize, and enter the moving ones.
+        """
+        ...
+
     def counter_dtype(self) -> str:
         """Of the update counter: int64, or int32 where the framework has no other."""
         ...

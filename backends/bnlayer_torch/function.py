@@ -172,7 +172,7 @@ def _order_of_weighted(x: Tensor, weights: Tensor, spec: BatchNormSpec, plan: Ca
 def _by_moving(x: Tensor, channels: Channels, spec: BatchNormSpec, plan: CallPlan, weights: Weights | None) -> Tensor:
     """y by the moving statistics."""
     if weights is None and spec.epsilon > 0 and plan.count != 0:
-        return fused.from_moving(x, channels.gamma, channels.beta, *channels.moving, spec.epsilon, plan)
+        return fused.from_moving(x, channels.gamma, channels.beta, *channels.moving, spec.epsilon, plan.axis)
     wide = x.to(channels.arithmetic)
     affine = plain_affine(channels, plan)
     return by_statistics(wide, affine, *channels.moving, spec.epsilon, plan, weights).to(x.dtype)

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bnlayer.call import CallPlan
-
 from .applied import by_known
 from .dtypes import HALVES
 from .orders import Order, order_of
@@ -73,12 +71,12 @@ def way_of(x: Tensor, axis: int, count: int, epsilon: float, *, plain: bool) -> 
     if (
         plain
         and PATHS.wanted.get() is None
-        and axis == 1
         and type(x) is Tensor
         and x.dtype is torch.float32
         and x.is_cpu
         and x.layout is torch.strided
-        and (x.dim() == 2 or not x.is_contiguous())
+        and (axis == 1 or axis == x.dim() - 1)
+        and x.is_contiguous() == (axis == x.dim() - 1)
         and epsilon >= _LEAST_EPSILON
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
@@ -242,15 +240,15 @@ def from_moving(
     mean: Tensor,
     variance: Tensor,
     epsilon: float,
-    plan: CallPlan,
+    axis: int,
 ) -> Tensor:
-    """y by given statistics; `mean`, `variance`, `gamma` and `beta` are of the plan's arithmetic."""
+    """y by given statistics; `mean`, `variance`, `gamma` and `beta` are of x's dtype, or float32."""
     gamma, dtype = paired(gamma, beta), x.dtype
 
     def kernel(x: Tensor) -> Tensor:
         return torch.batch_norm(x, gamma, beta, mean, variance, False, 0.0, epsilon, torch.backends.cudnn.enabled)
 
-    return _on_axis_1(kernel, x.float() if loses_gradients(x) else x, plan.axis).to(dtype)
+    return _on_axis_1(kernel, x.float() if loses_gradients(x) else x, axis).to(dtype)
 
 
 def sums_drift(x: Tensor, axis: int, count: int) -> bool:

@@ -299,6 +299,40 @@ def test_eval_and_train_before_one_backward_pass():
     np.testing.assert_allclose(tensor.grad.numpy(), np.full_like(x, 1 / np.sqrt(1 + 1e-5)), atol=1e-5)
 
 
+@pytest.mark.skipif(RUNTIME != "torch", reason="elsewhere there is one way")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((40, 3), {}),
+        ((40, 3), {"moving_variance_estimator": "unbiased", "momentum": 0.25, "epsilon": 0.5}),
+        ((4, 8, 8, 3), {"center": False}),
+        ((4, 3, 8, 8), {"axis": 1, "scale": False}),
+        ((512, 3), {}),
+        ((2, 1, 3, 1), {"axis": 2}),
+    ],
+)
+def test_plain_calls_on_torch_do_without_a_spec(shape, options, training, monkeypatch):
+    from bnlayer_keras import on_torch
+
+    rng, results, plain, came = np.random.default_rng(5), [], on_torch.plain, []
+    x, dy = (keras.ops.convert_to_tensor(rng.normal(size=shape).astype("f4") + 1) for _ in range(2))
+    for way in (lambda *given: came.append(plain(*given)) or came[-1], lambda *_: None):
+        monkeypatch.setattr(on_torch, "plain", way)
+        layer = BatchNormalization(moving_mean_initializer="ones", **options)
+        layer.build(shape)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf, training=training)
+        y.backward(dy)
+        parts = [y, leaf.grad, *(v.value.grad for v in layer.trainable_variables)]
+        parts += [v.value for v in (*layer.non_trainable_variables, layer.num_updates)]
+        results.append([keras.ops.convert_to_numpy(part) for part in parts])
+    assert len(came) == 1
+    assert came[0] is not None
+    for got, wanted in zip(*results, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])
 def test_policies(policy):
     layer, theirs = BatchNormalization(dtype=policy), keras.layers.BatchNormalization(dtype=policy)
