@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .orders import Order, in_blocks
+from .surroundings import are_many
 from .weights import Shares
 
 
@@ -101,28 +102,50 @@ class _ByWeighted(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, gamma, mean, variance, relative = ctx.saved_tensors
-        order, shape, total, epsilon = ctx.order, x.shape, ctx.total, ctx.epsilon
+        order, shape, total = ctx.order, x.shape, ctx.total
         x, dy = order.merge(x), order.merge(gradients[0])
         needs_x, needs_gamma, needs_beta = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            dx, dgamma, dbeta = _gradients(x, dy, gamma, mean, relative / total, epsilon)
+        dx: Tensor | None
+        if torch.is_grad_enabled() or are_many(gradients[0]):
+            dx, dgamma, dbeta = _gradients(x, dy, gamma, mean, relative / total, ctx.epsilon)
         else:
-            dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-                dy, x, gamma, mean, variance, None, None, False, epsilon, (needs_x, True, True)
+            _, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+                dy, x, gamma, mean, variance, None, None, False, ctx.epsilon, (False, True, True)
             )
+            dx = None
             if needs_x:
-                scale = torch.rsqrt(variance.double() + epsilon).mul_(1.0 / total).to(x.dtype)
-                if gamma is not None:
-                    scale = scale * gamma
-                of_xhat, offset = scale * dgamma, scale * dbeta
-                cut = (in_blocks(dx), in_blocks(relative, like=dx), in_blocks(x))
-                for some, its_relative, its_x in zip(*cut, strict=True):
-                    through = torch.batch_norm(its_x, of_xhat, offset, mean, variance, False, 0.0, epsilon, False)
-                    some.addcmul_(its_relative, through, value=-1.0)
+                scale = torch.rsqrt(variance.double() + ctx.epsilon).to(x.dtype)
+                scale = scale if gamma is None else scale * gamma
+                through = (-1.0 / total) * scale
+                dx = _dx(x, dy, scale, through * dgamma, through * dbeta, mean, variance, ctx.epsilon, relative)
         return (
-            order.split(dx, shape) if needs_x else None, dgamma if needs_gamma else None, dbeta if needs_beta else None,
+            order.split(dx, shape) if needs_x and dx is not None else None,
+            dgamma if needs_gamma else None,
+            dbeta if needs_beta else None,
             None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _dx(
+    x: Tensor,
+    dy: Tensor,
+    scale: Tensor,
+    of_xhat: Tensor,
+    offset: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    epsilon: float,
+    relative: Tensor,
+) -> Tensor:
+    """scale dy + relative (of_xhat xhat + offset), block by block."""
+    scale = scale.view(-1, *[1] * (x.dim() - 2))
+    dx, unused = torch.empty_like(x), x.new_empty(0)
+    cut = (in_blocks(dx), in_blocks(relative, like=dx), in_blocks(x), in_blocks(dy))
+    for its_dx, its_relative, its_x, its_dy in zip(*cut, strict=True):
+        out = its_dx, unused, unused
+        torch.native_batch_norm(its_x, of_xhat, offset, mean, variance, False, 0.0, epsilon, out=out)
+        torch.addcmul(its_dx.mul_(its_relative), its_dy, scale, out=its_dx)
+    return dx
 
 
 def _gradients(

@@ -151,7 +151,7 @@ def _read(
     shares = None
     if weights is not None and whole:
         order = _order_of_weighted(x, weights, spec, plan) if adjustment is None else None
-        shares = None if order is None else read_shares(weights, plan, x.shape, order)
+        shares = None if order is None else read_shares(weights, x, plan.axis, order)
     return _Call(
         plan,
         clips,

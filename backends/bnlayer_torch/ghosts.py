@@ -16,10 +16,11 @@ from torch import Tensor
 from bnlayer.call import CallPlan, RenormClips
 from bnlayer.spec import BatchNormSpec
 
-from .normalization import Channels, by_batch, corrected, known
+from .fused import paired
+from .normalization import Channels, by_batch, known, parameters_of
 from .orders import order_of
 from .paths import PATHS, can_look
-from .pieces import Pieces, by_pieces
+from .pieces import Pieces, by_known_pieces, by_pieces
 from .statistics import Moments
 from .surroundings import around
 from .weights import Weights, read_weights
@@ -110,6 +111,31 @@ def ghosts_of(rows: int, plan: CallPlan, spec: BatchNormSpec) -> Ghosts:
     return Ghosts(spec.virtual_batch_layout == "strided", plan.axis, number, rows // number, rows % number)
 
 
+def fold_evenly(x: Tensor, number: int, strided: bool) -> Tensor | None:
+    """x's ghost batches as channels of their own, (rows, ghosts C, ...); None where `Ghosts.split` has more to do, or
+    pieces are the better way.
+
+    Args:
+        x: with channels on axis 1.
+        number: of ghost batches.
+        strided: as the spec's.
+    """
+    shape = x.shape
+    if shape[0] % number or not x.is_contiguous() or not (strided or x.numel() < _LARGE * number):
+        return None
+    if not strided:
+        x = torch.unflatten(x, 0, (number, -1)).transpose(0, 1)
+    return x.reshape(-1, number * shape[1], *shape[2:])
+
+
+def unfold_evenly(folded: Tensor, number: int, strided: bool) -> Tensor:
+    """What `fold_evenly` folded, back in x's shape."""
+    features = folded.shape[1] // number
+    if strided:
+        return folded.reshape(-1, features, *folded.shape[2:])
+    return torch.unflatten(folded, 1, (number, features)).transpose(0, 1).reshape(-1, features, *folded.shape[2:])
+
+
 def by_ghosts(
     x: Tensor, channels: Channels, spec: BatchNormSpec, plan: CallPlan, weights: Tensor | None, clips: RenormClips
 ) -> tuple[Tensor, Moments, Tensor | None]:
@@ -119,8 +145,8 @@ def by_ghosts(
     """
     ghosts = ghosts_of(x.shape[0], plan, spec)
     if weights is None and around() in ("nothing", "recomputation"):
-        pieces = _pieces_of(x, ghosts, plan)
-        found = None if pieces is None else _by_pieces(x, pieces, channels, spec, plan, clips)
+        pieces = pieces_of(x, ghosts)
+        found = None if pieces is None else _by_pieces(x, pieces, channels, spec, clips)
         if found is not None:
             return *found, None
     plans, foldings = ghosts.plans(plan), ghosts.split(x)
@@ -140,13 +166,13 @@ def by_ghosts(
     return ghosts.join(ys), _combined(parts, torch.cat(shares), spec.num_features), entered
 
 
-def _pieces_of(x: Tensor, ghosts: Ghosts, plan: CallPlan) -> Pieces | None:
+def pieces_of(x: Tensor, ghosts: Ghosts) -> Pieces | None:
     """How to cut x, where that is the path to take."""
     sizes = tuple(rows for k, rows in ghosts.sizes for _ in range(k))
-    in_row = x.numel() // (x.shape[0] * plan.channel_shape[plan.axis])
+    in_row = x.numel() // (x.shape[0] * x.shape[ghosts.axis])
     if ghosts.rows * in_row <= 1 or (ghosts.strided and ghosts.larger) or not can_look(x):
         return None
-    order = order_of(x, plan.axis)
+    order = order_of(x, ghosts.axis)
     if order is None:
         return None
     # Strided foldings of channels that are not innermost are views.
@@ -157,33 +183,37 @@ def _pieces_of(x: Tensor, ghosts: Ghosts, plan: CallPlan) -> Pieces | None:
     return Pieces(order, x.shape, sizes, ghosts.strided)
 
 
+def averaged(means: Tensor, variances: Tensor, pieces: Pieces) -> Moments:
+    """What enters the averages for pieces with these statistics, (G, C): their means by shares of the batch."""
+    counts = pieces.counts.to(means.dtype)
+    shares = counts / counts.sum()
+    return Moments(
+        (shares * means).sum(0), (shares * variances).sum(0), (shares * (counts / (counts - 1.0)) * variances).sum(0)
+    )
+
+
 def _by_pieces(
-    x: Tensor, pieces: Pieces, channels: Channels, spec: BatchNormSpec, plan: CallPlan, clips: RenormClips
+    x: Tensor, pieces: Pieces, channels: Channels, spec: BatchNormSpec, clips: RenormClips
 ) -> tuple[Tensor, Moments] | None:
     """As `by_ghosts`; None where a ghost batch's statistics come as those of its folding only."""
     wide = x.to(channels.arithmetic)  # once, so that a half x's gradients add up in float32
-    parts = pieces.cut(wide.detach())
+    if spec.renorm is None:
+        given = by_pieces(wide, pieces, paired(channels.gamma, channels.beta), channels.beta, spec.epsilon)
+        if given is not None:
+            y, means, variances = given
+            return y.to(x.dtype), averaged(means, variances, pieces)
     found = []
-    for part in parts:
+    for part in pieces.one_by_one(wide.detach()):
         its = known(part, 1, part.numel() // spec.num_features, spec.epsilon)
         if its is None:
             return None
         _, batch = its
-        found.append((batch, *corrected(channels, spec, batch, clips)))
-    batches, gammas, betas = zip(*found, strict=True)
-    means, variances = (torch.stack([getattr(b, name) for b in batches]) for name in ("mean", "variance"))
-    y = by_pieces(
-        wide,
-        parts,
-        pieces,
-        None if gammas[0] is None else torch.stack(gammas),
-        None if betas[0] is None else torch.stack(betas),
-        means,
-        variances,
-        spec.epsilon,
-    )
-    shares = torch.tensor(pieces.sizes, dtype=channels.arithmetic) / x.shape[0]
-    return y.to(x.dtype), _combined(batches, shares, spec.num_features)
+        found.append((batch, *parameters_of(channels, spec, batch, clips)))
+    batches, *parameters = zip(*found, strict=True)
+    means, variances = (torch.stack([getattr(batch, name) for batch in batches]) for name in ("mean", "variance"))
+    gammas, betas = (None if each[0] is None else torch.stack(each) for each in parameters)
+    y = by_known_pieces(wide, pieces, gammas, betas, means, variances, spec.epsilon)
+    return y.to(x.dtype), averaged(means, variances, pieces)
 
 
 def _shares(weights: Sequence[Weights]) -> tuple[list[Tensor], Tensor]:

@@ -22,6 +22,7 @@ from bnlayer.errors import InputError, SpecError, StateError, UnsupportedError
 from bnlayer.spec import BatchNormSpec, Estimator, GhostLayout, NonFinite, Renorm, SingleValue, ZeroDebias
 from bnlayer.state import BatchNormState, array_names
 
+from .direct import trained
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
 from .fused import checked, from_batch, is_ambiguous, loses_gradients, unchecked, way_of
@@ -29,6 +30,7 @@ from .surroundings import around, write
 from .synchronized import GroupReference
 from .tensors import EXTRA_BUFFERS, tensors_of
 from .tools import Qconfig, fx_node, refuse_fusing, scriptable
+from .weights import check_weights, fits
 
 
 class CallOptions(TypedDict, total=False):
@@ -280,8 +282,11 @@ class Module(TorchBatchNorm):
         if type(input) is not Tensor and isinstance(input, Proxy):
             return fx_node(self, input, weights, options)
         self._check_input_dim(input)
-        if weights is None and not options:
-            y = self._fused(input, self.training and not self.frozen_statistics)
+        if not options:
+            training = self.training and not self.frozen_statistics
+            y = self._fused(input, training) if weights is None or _left_out(weights, input, training) else None
+            if y is None and training:
+                y = trained(self, input, weights)
             if y is not None:
                 return y
         return self._by_spec(input, weights, **options)
@@ -591,6 +596,14 @@ def _checked_renorm(renorm: object) -> Renorm | None:
     if renorm is None or isinstance(renorm, Renorm):
         return renorm
     raise SpecError(f"renorm must be None or a bnlayer.Renorm; got {renorm!r}.")
+
+
+def _left_out(weights: Tensor, x: Tensor, training: bool) -> bool:
+    """Whether weights that surely fit x, and whose values are checked here, change nothing: in eval but gradients."""
+    if training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not fits(weights, x):
+        return False
+    check_weights(weights)
+    return True
 
 
 def _computes(stored: torch.dtype, x: Tensor) -> bool:

@@ -15,12 +15,12 @@ from . import fused
 from .applied import by_known
 from .dtypes import DTYPES
 from .orders import Order
-from .renorm import corrections
+from .renorm import corrected, corrections
 from .statistics import Moments, batch_moments
 from .sums import measured
 from .surroundings import around
 from .tensors import held
-from .weights import Shares, Weights
+from .weights import Shares, Weights, hide_too_much
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,7 @@ def by_batch(
         found = known(wide, plan.axis, plan.count, spec.epsilon)
         if found is not None:
             order, batch = found
-            gamma, beta = corrected(channels, spec, batch, clips)
+            gamma, beta = parameters_of(channels, spec, batch, clips)
             y = by_known(wide, gamma, beta, batch.mean, batch.variance, spec.epsilon, order)
             return y.to(x.dtype), batch
     # Of a trace the ONNX exporter keeps the kernel's y only, and renorm needs the statistics.
@@ -151,30 +151,22 @@ def by_shares(
     assert plan.count is not None
     wide = x.to(DTYPES[plan.arithmetic])  # once, so that a half x's gradients add up in float32
     found = measured(wide, shares.order, plan.count, shares)
-    if found is None or (shares.hides and torch.is_grad_enabled() and not _squares_of_xhat_are_finite(wide)):
+    if found is None or hide_too_much(shares, wide):
         return None
     mean, variance = found
     batch = Moments(mean, variance, variance * shares.bessel)
-    gamma, beta = corrected(channels, spec, batch, clips)
+    gamma, beta = parameters_of(channels, spec, batch, clips)
     y = by_known(wide, gamma, beta, mean, variance, spec.epsilon, shares.order, shares)
     return y.to(x.dtype), batch
 
 
-def _squares_of_xhat_are_finite(x: Tensor) -> bool:
-    # The gradient of what is under a mask has 0 times its xhat times another's in it.
-    low, high = torch.aminmax(x)
-    return bool(max(-low.item(), high.item()) < torch.finfo(x.dtype).max ** 0.25)
-
-
-def corrected(
+def parameters_of(
     channels: Channels, spec: BatchNormSpec, batch: Moments, clips: RenormClips
 ) -> tuple[Tensor | None, Tensor | None]:
-    """gamma' and beta' of gamma (xhat r + d) + beta = xhat gamma' + beta'; no beta' without a gamma'."""
+    """gamma and beta for what a batch's own statistics normalized; no beta without a gamma."""
     gamma, beta = channels.gamma, channels.beta
     if spec.renorm is not None:
-        r, d = corrections(batch, *channels.renorm, spec.epsilon, clips)
-        moved = d if gamma is None else gamma * d
-        return r if gamma is None else gamma * r, moved if beta is None else moved + beta
+        return corrected(gamma, beta, corrections(batch, *channels.renorm, spec.epsilon, clips))
     return fused.paired(gamma, beta), beta
 
 

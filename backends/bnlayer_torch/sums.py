@@ -15,13 +15,18 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .orders import Order, in_blocks
+from .orders import Order, in_blocks, room_for_block
 from .weights import Shares
 
 # A sum over a row of this many elements, in vectors of 8 at the least, adds at most 2048 in a lane.
 _LONGEST_ROW: Final = 1 << 14
 # As many channels side by side torch's kernel still sums up at full speed: its sums stay in the first cache.
 _WIDEST: Final = 1 << 12
+
+# Rows of a product of matrices with weights: it may add them one after the other.
+_FEW_ROWS: Final = 64
+# Up to so many elements what counts is the number of operations.
+_SMALL: Final = 1 << 17
 
 # Sums of squares lose m^2/v roundings in the variance. Up to these ratios the variance is as accurate as its bound,
 # K = 8 + sqrt(n) roundings: in one pass it is off by about 2 (1 + m^2/v) of them, in two by the square of the mean's
@@ -59,6 +64,19 @@ def measured(x: Tensor, order: Order, count: int, shares: Shares | None = None) 
     return ((mean + shift).to(x.dtype), variance.to(x.dtype)) if _accurate(mean, variance, most) else None
 
 
+def measured_in_rows(x: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """Mean and biased variance over the first and the last axis of (n, ..., L), of x's dtype, without gradient.
+
+    None where one pass over x is not accurate, or x not finite, or too large to be squared.
+
+    Args:
+        x: float32 or float64, without gradient.
+        count: elements that each is of, at least two.
+    """
+    mean, variance = _of_rows(x, count)
+    return (mean.to(x.dtype), variance.to(x.dtype)) if _accurate(mean, variance, _RATIO_OF_ROWS) else None
+
+
 def _accurate(mean: Tensor, variance: Tensor, most: float) -> bool:
     lowest, highest = torch.aminmax(torch.square(mean).sub_(variance, alpha=most))
     return highest.item() <= 0 and lowest.item() > -torch.inf  # and not, if one is no number
@@ -67,17 +85,59 @@ def _accurate(mean: Tensor, variance: Tensor, most: float) -> bool:
 def _of_shares(shares: Shares, x: Tensor, _: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of (N, C, L) or (n, C), in double precision.
 
-    torch's sums along one axis are cascades, so there are no long ones. What is not finite shows, as 0 times it is NaN.
+    There are no long sums: torch's along one axis are cascades, and products of matrices are taken of few rows each.
+    What is not finite shows, as 0 times it is NaN.
     """
-    total = x.new_zeros(x.shape[1], dtype=torch.float64)
-    squares = torch.zeros_like(total)
-    along = -1 if x.dim() > 2 else 0
-    for some, of_some in zip(in_blocks(x), in_blocks(shares.relative, like=x), strict=True):
-        part = some * of_some
-        total += part.sum(along).view(-1, x.shape[1]).sum(0, dtype=torch.float64)
-        squares += part.mul_(some).sum(along).view(-1, x.shape[1]).sum(0, dtype=torch.float64)
-    mean = total / shares.total
-    return mean, (squares / shares.total).addcmul_(mean, mean, value=-1.0).clamp_(min=0.0)
+    of = _weighted_in_one if x.numel() <= _SMALL else _weighted_columns if x.dim() == 2 else _weighted_rows
+    total, squares = of(x, shares)
+    mean = total.double().div_(shares.total)
+    return mean, squares.double().div_(shares.total).addcmul_(mean, mean, value=-1.0).clamp_(min=0.0)
+
+
+def _weighted_in_one(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
+    part = x * shares.relative
+    along = 0 if x.dim() == 2 else (0, 2)
+    total = part.sum(along)
+    return total, part.mul_(x).sum(along)
+
+
+def _weighted_columns(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
+    """The sums of (n, C), by products of matrices: read as fast as memory gives them."""
+    whole = len(x) - len(x) % _FEW_ROWS
+    total = squares = x.new_zeros((), dtype=torch.float64)
+    for rows, weights in (
+        (x[:whole].view(-1, _FEW_ROWS, x.shape[1]), shares.relative[:whole].view(-1, 1, _FEW_ROWS)),
+        (x[whole:].unsqueeze(0), shares.relative[whole:].view(1, 1, -1)),
+    ):
+        if not rows.numel():
+            continue
+        total = total + torch.bmm(weights, rows).sum((0, 1), dtype=torch.float64)
+        sums = rows.new_empty(len(rows), 1, x.shape[1])
+        room = room_for_block(rows)
+        for some, its_weights, its_sums in zip(
+            in_blocks(rows), in_blocks(weights, like=rows), in_blocks(sums, like=rows), strict=True
+        ):
+            square = torch.mul(some, some, out=room[: len(some)])
+            torch.bmm(its_weights, square, out=its_sums)
+        squares = squares + sums.sum((0, 1), dtype=torch.float64)
+    return total, squares
+
+
+def _weighted_rows(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
+    """The sums of (N, C, L)."""
+    total = x.new_empty(2, *x.shape[:2])
+    room = room_for_block(x)
+    for some, weights, its_total, its_squares in zip(
+        in_blocks(x), in_blocks(shares.relative, like=x), *(in_blocks(t, like=x) for t in total), strict=True
+    ):
+        part = torch.mul(some, weights, out=room[: len(some)])
+        torch.sum(part, -1, out=its_total)
+        if shares.boolean:
+            torch.linalg.vector_norm(part, dim=-1, out=its_squares).square_()
+        else:
+            torch.sum(part.mul_(some), -1, out=its_squares)
+    sums, squares = total.sum(1, dtype=torch.float64)
+    return sums, squares
 
 
 def _of_rows(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,11 @@ def around() -> Around:
     return "nothing" if torch._C._current_graph_task_id() == -1 else "recomputation"
 
 
+def are_many(gradient: Tensor) -> bool:
+    """Whether what a backward pass got stands for several gradients, as where is_grads_batched is asked for."""
+    return bool(_functorch.is_batchedtensor(gradient) or _functorch.is_legacy_batchedtensor(gradient))
+
+
 def write(target: Tensor, values: Tensor) -> None:
     """Copy values, which carry no gradient, into a module's tensor: also from inside a torch.func transform.
 

@@ -97,6 +97,9 @@ def read_weights(weights: Tensor, plan: CallPlan) -> Weights:
     )
 
 
+# Between these the squares of all weights can be added up as they are.
+_NO_SMALLER: Final = 1e-3
+_NO_LARGER: Final = 1e3
 # Below it a variance hangs on roundings of the largest weight.
 _LEAST_REST: Final = 0.25
 
@@ -106,10 +109,12 @@ class Shares:
     """Weights that carry no gradient, as few numbers as a batch's sums need.
 
     Attributes:
-        relative: w over the largest, of the arithmetic's dtype: (N, 1, L) or (n, 1), as the order has x's positions.
+        relative: w, over the largest where that is far from 1, of the arithmetic's dtype: (N, 1, L) or (n, 1), as the
+            order has x's positions.
         total: their sum.
         bessel: what makes the biased variance unbiased.
         hides: whether there are positions without weight.
+        boolean: whether all are 0 or 1.
         order: x's.
     """
 
@@ -117,6 +122,7 @@ class Shares:
     total: float
     bessel: float
     hides: bool
+    boolean: bool
     order: Order
 
     @property
@@ -125,45 +131,60 @@ class Shares:
         return int(torch.argmax((self.relative > 0).flatten().byte()))
 
 
-def read_shares(weights: Tensor, plan: CallPlan, shape: torch.Size, order: Order) -> Shares | None:
+def read_shares(weights: Tensor, x: Tensor, axis: int, order: Order) -> Shares | None:
     """Check the weights' values and relate them to the largest, with few operations; None where there is next to none
     but one position's.
 
     Args:
         weights: of x's rank, 1 on the channel axis; without gradient, and to be looked at.
-        plan: of the call.
-        shape, order: x's.
+        x: its shape and dtype count.
+        axis: the channel axis.
+        order: x's.
 
     Raises:
         InputError: as `read_weights`.
     """
     _refuse_complex(weights)
-    assert plan.count is not None
-    spread = plan.count // weights.numel()
-    dtype = DTYPES[plan.arithmetic]
+    shape, dtype = x.shape, torch.float64 if x.dtype is torch.float64 else torch.float32
+    spread = x.numel() // (shape[axis] * weights.numel())
     relative = weights.detach()
-    if weights.dtype == torch.bool:
+    boolean = weights.dtype is torch.bool
+    if boolean:
         seen = int(torch.count_nonzero(relative))
         relative = relative.to(dtype)
         total = squares = float(seen * spread)
         hides = seen < weights.numel()
     else:
-        low, high = (bound.item() for bound in torch.aminmax(relative))
-        if not (low >= 0 and high < torch.inf):
-            _refuse_invalid(weights)
+        low, high = _bounds(weights)
         if high == 0:
             return None
-        wide = relative.to(torch.promote_types(weights.dtype, dtype))
-        relative = (wide / high).to(dtype)
+        if weights.dtype is not dtype or not _NO_SMALLER < high < _NO_LARGER:
+            wide = relative.to(torch.promote_types(weights.dtype, dtype))
+            relative, low = (wide / high).to(dtype), low / high
         # Of what was rounded, so that the mean lies between the values.
-        total = relative.sum(dtype=torch.float64).item() * spread
-        squares = torch.linalg.vector_norm(relative, dtype=torch.float64).item() ** 2 * spread
-        hides = low / high < torch.finfo(dtype).tiny
+        every = relative.double().reshape(-1)
+        total, squares = every.sum().item() * spread, torch.dot(every, every).item() * spread
+        hides = low < torch.finfo(dtype).tiny
     rest = 1.0 - squares / total**2 if total else 0.0
     if rest < _LEAST_REST:
         return None
-    positions = [1 if i == plan.axis else length for i, length in enumerate(shape)]
-    return Shares(order.positions(relative.expand(positions)), total, 1.0 / rest, hides, order)
+    if spread > 1:
+        relative = relative.expand([1 if i == axis else length for i, length in enumerate(shape)])
+    return Shares(order.positions(relative), total, 1.0 / rest, hides, boolean, order)
+
+
+def hide_too_much(shares: Shares, x: Tensor) -> bool:
+    """Whether a gradient could come out wrong by what lies where no weight is: it has 0 times xhat times another's."""
+    if not shares.hides or not torch.is_grad_enabled():
+        return False
+    low, high = torch.aminmax(x.detach())
+    return not max(-low.item(), high.item()) < torch.finfo(x.dtype).max ** 0.25
+
+
+def fits(weights: Tensor, x: Tensor) -> bool:
+    """Whether weights have a value for each position of x, with channels on axis 1."""
+    given, shape = weights.shape, x.shape
+    return len(given) == len(shape) - 1 and given[0] == shape[0] and given[1:] == shape[2:]
 
 
 def check_weights(weights: Tensor) -> None:
@@ -173,8 +194,21 @@ def check_weights(weights: Tensor) -> None:
         InputError: a weight is negative, not finite, or not a real number.
     """
     _refuse_complex(weights)
-    if weights.dtype != torch.bool:
+    if weights.dtype is not torch.bool and weights.numel():
+        _bounds(weights)
+
+
+def _bounds(weights: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of real weights.
+
+    Raises:
+        InputError: a weight is negative or not finite.
+    """
+    least, most = torch.aminmax(weights.detach())
+    low, high = least.item(), most.item()
+    if not (low >= 0 and high < torch.inf):
         _refuse_invalid(weights)
+    return low, high
 
 
 def _refuse_complex(weights: Tensor) -> None:
