@@ -38,6 +38,7 @@ NEEDS = {
     "keras": ("keras", "jax"),
 }
 GROUPS = ("frameworks", "peers", "files", "porting", "examples", "test", "lint")  # of what the session `tests` installs
+SLOWEST = ("--durations=8",)  # shown, for all of `tests` has to stay below 25 minutes
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 CORPUS = "BNLAYER_CORPUS"  # names the folder of checkpoints that the frameworks made, where they lie ready
 ABSENT = "from importlib.util import find_spec; import sys; sys.exit(' '.join(filter(find_spec, sys.argv[1:])) or 0)"
@@ -153,7 +154,10 @@ def pytests() -> list[Command]:
     alone: dict[bool, list[str]] = {True: [], False: []}
     for folder in folders:
         alone[folder.name in ALONE].append(str(folder))
-    return [(ENVIRONMENT, ["pytest", *alone[False]]), *((ENVIRONMENT, ["pytest", folder]) for folder in alone[True])]
+    return [
+        (ENVIRONMENT, ["pytest", *SLOWEST, *alone[False]]),
+        *((ENVIRONMENT, ["pytest", *SLOWEST, folder]) for folder in alone[True]),
+    ]
 
 
 def conform_runs() -> list[Command]:
