@@ -38,19 +38,20 @@ class Pieces:
 
     def cut(self, x: Tensor) -> list[Tensor]:
         """The ghost batches of a tensor of x's shape: consecutive ones are no copies."""
-        return [part.reshape(-1, *self.order.merged[1:]) for part in self.views(self.order.merge(x))]
+        return [part.reshape(-1, *self.order.merged[1:]) for part in self.places(x)]
 
     def one_by_one(self, x: Tensor) -> Iterator[Tensor]:
         """The same; a strided one lies where the last one lay."""
         room = None
-        for view in self.views(self.order.merge(x)):
+        for place in self.places(x):
             if self.strided:
-                room = torch.empty_like(view) if room is None else room
-                view = room.copy_(view)
-            yield view.view(-1, *self.order.merged[1:])
+                room = torch.empty_like(place) if room is None else room
+                place = room.copy_(place)
+            yield place.view(-1, *self.order.merged[1:])
 
-    def views(self, merged: Tensor) -> Sequence[Tensor]:
-        """The ghost batches of x in the order of memory, as (rows, L C) each."""
+    def places(self, x: Tensor) -> Sequence[Tensor]:
+        """Where the ghost batches of a tensor of x's shape lie, as (rows, L C) each."""
+        merged = self.order.merge(x)
         if not self.strided:
             return torch.split(merged.view(self.shape[0], -1), list(self.sizes))
         return merged.view(self.sizes[0], len(self.sizes), -1).unbind(1)
@@ -95,11 +96,11 @@ def by_pieces(
         if found is None:
             return None
         return by_known_pieces(x, pieces, gammas, betas, *found, epsilon), *found
-    y = x.new_empty(pieces.order.merged)
+    y = torch.empty_like(x)
     moments = x.new_zeros(2, number, pieces.order.merged[1])
     saved = torch.empty_like(moments)
     with torch.no_grad():
-        for g, (target, part) in enumerate(zip(pieces.views(y), pieces.one_by_one(x.detach()), strict=True)):
+        for g, (target, part) in enumerate(zip(pieces.places(y), pieces.one_by_one(x.detach()), strict=True)):
             out = part if pieces.strided else target.view(part.shape)
             torch.native_batch_norm(
                 part, gamma, beta, moments[0, g], moments[1, g], True, 1.0, epsilon, out=(out, saved[0, g], saved[1, g])
@@ -131,10 +132,9 @@ def by_known_pieces(
         means, variances: (G, C) of x's dtype, without gradient.
         epsilon: above 0.
     """
-    y = x.new_empty(pieces.order.merged)
-    unused = y.new_empty(0)
+    y, unused = torch.empty_like(x), x.new_empty(0)
     each = zip(
-        pieces.views(y), pieces.one_by_one(x.detach()), _each(gammas, pieces), _each(betas, pieces), means, variances,
+        pieces.places(y), pieces.one_by_one(x.detach()), _each(gammas, pieces), _each(betas, pieces), means, variances,
         strict=True,
     )  # fmt: skip
     with torch.no_grad():
@@ -159,7 +159,6 @@ def _with_gradients(
     rstds: Tensor,
     epsilon: float,
 ) -> Tensor:
-    y = pieces.order.split(y, pieces.shape)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gammas, betas)):
         return _by_pieces(x, gammas, betas, [y], pieces, means, rstds, epsilon)
     return y
@@ -196,8 +195,8 @@ class _ByPieces(Function):
         else:
             dys, parts = pieces.one_by_one(gradients[0]), pieces.one_by_one(x)
             if needs[0]:
-                dx = x.new_empty(pieces.order.merged)
-                targets = pieces.views(dx)
+                dx = torch.empty_like(x)
+                targets = pieces.places(dx)
         found = []
         for dy, part, gamma, mean, rstd, target in zip(
             dys, parts, _each(gammas, pieces), means, rstds, targets, strict=True
@@ -208,9 +207,7 @@ class _ByPieces(Function):
             )
             found.append((its_dx if target is None else target.copy_(its_dx.view(target.shape)), *rest))
         dxs, dgammas, dbetas = zip(*found, strict=True)
-        if dx is not None:
-            dx = pieces.order.split(dx, pieces.shape)
-        elif needs[0]:
+        if dx is None and needs[0]:
             dx = pieces.join(dxs)
         return (
             dx,
