@@ -38,12 +38,39 @@ def by_batch(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, 
         y, of x's shape; shift and rest, whose sum is the mean; the biased and the unbiased variance, which are 0 of a
         single element. Only y has a gradient.
     """
-    near, shift = _shift(tf.stop_gradient(x), count)
-    # Either way x's gradient is what comes in: a branch that did not use x would cost zeros of its size.
-    moved = tf.cond(near, lambda: x, lambda: x - shift)
-    moved.set_shape(x.shape)
+    moved, shift = _near(x, count, (0, 1, 2))
+    return _normalized(moved, tf.reshape(shift, (-1,)), scale, offset, epsilon, count)
+
+
+def by_ghosts(
+    x: tf.Tensor, axis: int, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, count: Any
+) -> tuple[tf.Tensor, ...]:
+    """Normalize each ghost batch by its own statistics: a kernel for each, after one look at all of them.
+
+    Args:
+        x: of shape (G, 1, M, C) or (M, G, L, C), float32.
+        axis: that of the ghost batches.
+        scale, offset: of shape (C,), float32.
+        epsilon: added to the variance.
+        count: of each ghost batch, an integer or an integer scalar.
+
+    Returns:
+        as `by_batch`, the statistics of shape (G, C).
+    """
+    number = x.shape[axis]
+    moved, shift = _near(x, count * number, tuple(i for i in range(3) if i != axis))
+    shifts = tf.unstack(tf.reshape(shift, (number, -1)))
+    parts = zip(tf.split(moved, number, axis), shifts, strict=True)
+    ys, *statistics = zip(*(_normalized(*part, scale, offset, epsilon, count) for part in parts), strict=True)
+    return tf.concat(ys, axis), *(tf.stack(each) for each in statistics)
+
+
+def _normalized(
+    x: tf.Tensor, shift: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, count: Any
+) -> tuple[tf.Tensor, ...]:
+    """What `by_batch` returns, of x less the shift."""
     y, rest, unbiased, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=moved, scale=scale, offset=offset, mean=tf.zeros(0), variance=tf.zeros(0), epsilon=epsilon
+        x=x, scale=scale, offset=offset, mean=tf.zeros(0), variance=tf.zeros(0), epsilon=epsilon
     )
     n = tf.cast(at_least_one(count), tf.float64)
     biased = unbiased * tf.cast(tf.maximum(n - 1.0, 1.0) / n, tf.float32)
@@ -85,8 +112,18 @@ def affine(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, origin: tf.Tensor)
     )[0]  # fmt: skip
 
 
-def _shift(x: tf.Tensor, count: Any) -> tuple[tf.Tensor, tf.Tensor]:
+def _near(x: tf.Tensor, count: Any, axes: tuple[int, ...]) -> tuple[tf.Tensor, tf.Tensor]:
+    """x, or x less a shift where that is to be subtracted; and the shift, with the axes of one batch kept as 1."""
+    near, shift = _shift(tf.stop_gradient(x), count, axes)
+    # Either way x's gradient is what comes in: a branch that did not use x would cost zeros of its size.
+    moved = tf.cond(near, lambda: x, lambda: x - shift)
+    moved.set_shape(x.shape)
+    return moved, shift
+
+
+def _shift(x: tf.Tensor, count: Any, axes: tuple[int, ...]) -> tuple[tf.Tensor, tf.Tensor]:
     """Whether 0 is near enough to each channel's mean, and what to subtract."""
+    shape = [1 if i in axes else length for i, length in enumerate(x.shape)]
     values = tf.reshape(x, (-1, x.shape[-1]))
     step = at_least_one(count // _ROWS)
     # An odd step: images have even sides, and an even one would meet the same columns again and again.
@@ -101,15 +138,15 @@ def _shift(x: tf.Tensor, count: Any) -> tuple[tf.Tensor, tf.Tensor]:
         value = sample[0]
         variance = tf.reduce_mean(tf.math.squared_difference(sample, mean), 0)
         near = tf.where(tf.square(value - mean) <= 4.0 * variance, value, mean)
-        return tf.where(far, near, tf.zeros_like(near))
+        return tf.broadcast_to(tf.where(far, near, tf.zeros_like(near)), shape)
 
     def of_all() -> tf.Tensor:
-        shift = tf.reduce_mean(values, 0)
+        shift = tf.reduce_mean(x, axes, keepdims=True)
         return tf.where(tf.math.is_finite(shift), shift, tf.zeros_like(shift))
 
     near = safe & tf.math.logical_not(tf.reduce_any(far))
-    shift = tf.cond(near, lambda: tf.zeros_like(mean), lambda: tf.cond(safe, of_sample, of_all))
-    shift.set_shape(mean.shape)
+    shift = tf.cond(near, lambda: tf.zeros(shape), lambda: tf.cond(safe, of_sample, of_all))
+    shift.set_shape(shape)
     return near, tf.stop_gradient(shift)
 
 

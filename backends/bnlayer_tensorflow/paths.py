@@ -11,39 +11,46 @@ from tensorflow.python.ops import control_flow_util  # nothing public tells that
 from bnlayer.paths import Paths
 
 from .call import Call
+from .ghosts import Ghosts, ghosts_of
 from .kernel import on_cuda
 
 PATHS = Paths("fused", "sums", "composite")
 
-# Elements of x from which the kernel is faster than sums by matrix products (measured on 2 cores, float32: at 32,768
-# it takes 1.5 times as long, at 131,072 .7 times). Of an unknown number, many are assumed.
+# Elements of a batch from which the kernel is faster than sums by matrix products (measured on 2 cores, float32: at
+# 32,768 it takes 1.5 times as long, at 131,072 .7 times), and of a ghost batch than plain operations (at 8,192 up to 3
+# times as long, at 32,768 .6 to 1.1 times, at 65,536 .8 times). Of an unknown number, many are assumed.
 _WORTH_A_KERNEL: Final = 2**16
 _CUDNN_EPSILON: Final = 1e-5  # cuDNN raises what is less
 
 
 def path_of(x: tf.Tensor, call: Call) -> str:
     """The name in `PATHS` of what computes this call."""
-    able = _able(x, call)
-    size = call.plan.count and call.plan.count * call.spec.num_features
-    small = size is not None and size < _WORTH_A_KERNEL
-    order = ("sums", "fused", "composite") if small else ("fused", "sums", "composite")
+    plan = call.plan
+    ghosts = ghosts_of(x, plan, call.spec)
+    able = _able(x, call, ghosts)
+    size = plan.count and plan.count * call.spec.num_features
+    if size is None or size >= _WORTH_A_KERNEL * (1 if ghosts is None else ghosts.number):
+        order = ("fused", "sums", "composite")
+    else:
+        order = ("sums", "fused", "composite") if ghosts is None else ("composite", "fused")
     return PATHS.chosen(next(name for name in order if name in able), able)
 
 
-def _able(x: tf.Tensor, call: Call) -> tuple[str, ...]:
+def _able(x: tf.Tensor, call: Call, ghosts: Ghosts | None) -> tuple[str, ...]:
     plan = call.plan
-    if not _pays() or call.replica is not None or call.adjustment is not None:
-        return ("composite",)
-    if plan.ghosted or plan.count == 0:
+    if not _pays() or call.replica is not None or call.adjustment is not None or plan.count == 0:
         return ("composite",)
     kernel = plan.axis == len(plan.channel_shape) - 1 and x.dtype != tf.float64
+    honored = _least_epsilon() <= call.spec.epsilon <= np.finfo(np.float32).max
+    if ghosts is not None:
+        takes = kernel and honored and ghosts.even and call.weights is None and not call.spec.renorm
+        return ("fused", "composite") if takes else ("composite",)
     if call.weights is not None:
         takes = kernel and not (plan.batch_statistics and call.spec.renorm)
         return ("fused", "composite") if takes else ("composite",)
     if not plan.batch_statistics:
         return ("fused", "sums", "composite") if kernel else ("sums", "composite")
     others = ("composite",) if call.spec.renorm else ("sums", "composite")
-    honored = _least_epsilon() <= call.spec.epsilon <= np.finfo(np.float32).max
     return ("fused", *others) if kernel and honored else others
 
 

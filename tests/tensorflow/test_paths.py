@@ -51,7 +51,10 @@ def test_which_path_ordinary_calls_take(context):
     w = tf.ones(LARGE[0])
     assert of(LARGE, weights=w) == of(LARGE, weights=w, training=False) == of(LARGE, weights=w > 0) == "fused"
     assert of(LARGE, axis=1, weights=w) == of(LARGE, renorm=Renorm(), weights=w) == "composite"
-    assert of(LARGE, virtual_batch_size=8) == of(LARGE, virtual_batch_size=8, weights=w) == "composite"
+    ghosts = {"virtual_batch_size": 16}
+    assert of(LARGE, **ghosts) == of(LARGE, **ghosts, virtual_batch_layout="consecutive") == "fused"
+    assert of(LARGE, **ghosts, weights=w) == of(LARGE, **ghosts, renorm=Renorm()) == of(LARGE, axis=1, **ghosts) \
+        == of((31, 64, 64, 16), **ghosts) == of(LARGE, virtual_batch_size=8) == "composite"  # fmt: skip
 
 
 def test_of_unknown_lengths_many_are_assumed():
@@ -196,6 +199,65 @@ def test_the_guards_keep_results_within_bounds_for_any_data(path, axis, kind, wh
     assert (abs(variance - want_variance) <= of_variance).all()
     assert (abs(y - want_y) <= of_y).all()
     np.testing.assert_allclose(dx, want_dx, atol=np.maximum(1e-4, of_y.max()) * abs(want_dx).max())
+
+
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        *(("graph", kind) for kind in ("0", "2", "1e4", "constant", "apart")),
+        ("eager", "apart"),
+        ("unknown lengths", "0"),
+        ("compiled unseen", "2"),
+        ("compiled unseen", "apart"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["strided", "consecutive"])
+def test_ghost_batches_through_the_kernel(layout, kind, where):
+    """Each as if it were alone, the guard's one answer for all of them included."""
+    x, dy = data(kind)
+    number, g = 4, np.arange(64) % 4 if layout == "strided" else np.arange(64) // 16
+    if kind == "apart":  # each is far from 0, and all together are not
+        x += np.float32(30) * (g - 1.5).astype("f4").reshape(64, 1, 1, 1)
+    spec = BatchNormSpec(8, epsilon=1e-3, decay=0.0, virtual_batch_size=16, virtual_batch_layout=layout)
+    state = BatchNormState.initial(spec)
+
+    def call(x):
+        y, after = batch_norm(x, state, spec, training=True)
+        return y, after.moving_mean, after.moving_variance
+
+    if where == "unknown lengths":
+        call = tf.function(call, autograph=False, input_signature=[tf.TensorSpec([64, None, None, 8])])
+    elif where == "compiled unseen":
+        call = tf.function(call, autograph=False)
+
+    def step(x, dy):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                results = call(x)
+            dx = tape.gradient(results[0], x, dy)
+        return *results, dx, outer.gradient(dx, x, dy)
+
+    with PATHS.forced("fused") as taken:
+        if where == "compiled unseen":
+            call(tf.constant(x))
+        compiled = where == "compiled unseen"
+        whole = step if where == "eager" else tf.function(step, autograph=False, jit_compile=compiled)
+        y, mean, variance, dx, ddx = (each.numpy().astype("f8") for each in whole(tf.constant(x), tf.constant(dy)))
+    assert set(taken) == {"fused"}
+    with PATHS.forced("composite"):
+        want_ddx = tf.function(step, autograph=False)(tf.constant(x), tf.constant(dy))[-1]
+    found = [exact(x[g == i], dy[g == i], spec.epsilon) for i in range(number)]
+    for i, (want_y, want_dx, _, _, of_y, _, _) in enumerate(found):
+        assert (abs(y[g == i] - want_y) <= of_y).all()
+        np.testing.assert_allclose(dx[g == i], want_dx, atol=np.maximum(1e-4, of_y.max()) * abs(want_dx).max())
+    _, _, want_mean, want_variance, of_y, of_mean, of_variance = (np.mean(each, 0) for each in zip(*found, strict=True))
+    assert (abs(mean - want_mean) <= of_mean + 2.0**-23 * abs(want_mean)).all()
+    assert (abs(variance - want_variance) <= of_variance).all()
+    if kind != "constant":  # there its terms are the rounding of others
+        scale = np.maximum(1e-3, 10 * of_y.max()) * abs(want_ddx).numpy().max()
+        np.testing.assert_allclose(ddx, want_ddx, atol=scale)
 
 
 @pytest.mark.parametrize("path", ["fused", "sums"])
