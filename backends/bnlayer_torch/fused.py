@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ _MANY_ROWS: Final = 1 << 15
 # Below it a variance could matter whose squares vanish in float32.
 _LEAST_EPSILON: Final = 1e-12
 
+_functorch: Final[Any] = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
 Batch = tuple[Tensor, Tensor]  # mean and biased variance, (C,) each, without gradient
 
 
@@ -68,28 +70,14 @@ CHECKED: Final = Way("checked")
 
 def way_of(x: Tensor, axis: int, count: int, epsilon: float, *, plain: bool) -> Way:
     """The path of a call that torch's kernel can compute; `plain`: around which is nothing, or a recomputation."""
-    if (
-        plain
-        and PATHS.wanted.get() is None
-        and type(x) is Tensor
-        and x.dtype is torch.float32
-        and x.is_cpu
-        and x.layout is torch.strided
-        and (axis == 1 or axis == x.dim() - 1)
-        and x.is_contiguous() == (axis == x.dim() - 1)
-        and epsilon >= _LEAST_EPSILON
-        and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
-    ):
-        # What all that is below would find of the commonest calls. Each function of it costs half a percent of a call
-        # of a millisecond: the kernel's passes over x have driven its code out of the processor's caches.
-        return NATIVE if count <= _ALWAYS_SHORT or count <= _longest(count) else CHECKED
     drifts = sums_drift(x, axis, count)
     alone = CENTERED if drifts else NATIVE
     if not plain or not (drifts or PATHS.watched or (x.dim() > 2 and x.numel() >= _MANY_ROWS)):
         return alone
     if x.dtype in HALVES or epsilon < _LEAST_EPSILON or count <= 1 or not can_look(x):
         return alone
+    if drifts and x.dtype is torch.float32 and not PATHS.watched:
+        return CHECKED
     order = order_of(x, axis)
     if order is None:
         able: tuple[str, ...] = ("native", "checked")
@@ -191,6 +179,47 @@ def statistics(x: Tensor, axis: int, count: int, epsilon: float) -> tuple[Order,
         return order, (mean, variance)
     batch = measured(x, order, count)
     return None if batch is None else (order, batch)
+
+
+def at_once(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor,
+    running_variance: Tensor,
+    momentum: float,
+    epsilon: float,
+    count: int,
+) -> tuple[Tensor, bool] | None:
+    """`checked`, where that is the way of a float32 x on the CPU and nothing is around the call; else None.
+
+    What `around`, `way_of` and those that they ask find of the commonest calls, in one function: the kernel's passes
+    over x drive all code out of the processor's caches, and each function takes half a percent of a call of a
+    millisecond.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or x.dtype is not torch.float32
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or x.is_contiguous() != (x.dim() == 2)
+        or epsilon < _LEAST_EPSILON
+        or count <= _ALWAYS_SHORT
+        or count <= _longest(count)
+        or torch._C._is_tracing()
+        or _functorch.peek_interpreter_stack() is not None
+        or torch._C._current_graph_task_id() != -1
+        or torch._C._len_torch_dispatch_stack() != 0
+        or forward_ad._current_level >= 0
+        or PATHS.wanted.get() is not None
+    ):
+        return None
+    if torch.is_grad_enabled():
+        # The kernel keeps what it is given for the backward pass, which in training makes no use of it. By another
+        # handle on the same memory a later change of the statistics does not look like damage to it.
+        running_mean, running_variance = running_mean.data, running_variance.data
+    return checked(x, gamma, beta, running_mean, running_variance, momentum, epsilon)
 
 
 def checked(

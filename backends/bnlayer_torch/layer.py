@@ -25,7 +25,7 @@ from bnlayer.state import BatchNormState, array_names
 from .direct import trained
 from .dtypes import DTYPES, HALVES, dtype_name
 from .function import batch_norm
-from .fused import checked, from_batch, is_ambiguous, loses_gradients, unchecked, way_of
+from .fused import at_once, checked, from_batch, is_ambiguous, loses_gradients, unchecked, way_of
 from .surroundings import around, write
 from .synchronized import GroupReference
 from .tensors import EXTRA_BUFFERS, tensors_of
@@ -358,18 +358,24 @@ class Module(TorchBatchNorm):
             if count < 2 or counter is None:
                 return None
             assert momentum is not None
-            what = around()
-            way = way_of(x, 1, count, eps, plain=what == "nothing" or what == "recomputation")
-            if what == "transform" or way.centered:
-                return None
-            if what == "nothing" and torch.is_grad_enabled():
-                # The kernel keeps what it is given for the backward pass, which in training makes no use of it. By
-                # another handle on the same memory a later change of the statistics does not look like damage to it.
-                mean, variance = mean.data, variance.data
-            if what == "recomputation":
-                mean, variance = mean.clone(), variance.clone()  # the update goes nowhere
+            found = at_once(x, weight, bias, mean, variance, momentum, eps, count)
+            if found is not None:
+                counter.add_(_ONE)
+                y, passed = found
+                if passed:
+                    return y
+                way = unchecked(x, 1)
             else:
-                counter.add_(1)
+                what = around()
+                way = way_of(x, 1, count, eps, plain=what == "nothing" or what == "recomputation")
+                if what == "transform" or way.centered:
+                    return None
+                if what == "recomputation":
+                    mean, variance = mean.clone(), variance.clone()  # the update goes nowhere
+                else:
+                    counter.add_(1)
+                    if what == "nothing" and torch.is_grad_enabled():
+                        mean, variance = mean.data, variance.data  # see `at_once`
             if way.path == "checked":
                 y, passed = checked(x, weight, bias, mean, variance, momentum, eps)
                 if passed:
@@ -434,6 +440,10 @@ class Module(TorchBatchNorm):
         said += [f"{name}={getattr(self, name)!r}" for name, usual in _USUAL.items() if getattr(self, name) != usual]
         return ", ".join(said)
 
+
+# What a counter on the CPU goes up by; the number would be made a tensor every time. Where operations are recorded, so
+# would be that it came from here.
+_ONE: Final = torch.ones((), dtype=torch.long, device="cpu")
 
 _USUAL: Final = {
     name: getattr(Module, name)
