@@ -16,7 +16,9 @@ from bnlayer_torch.backend import BACKEND
 
 torch = pytest.importorskip("torch", reason="pip install 'bnlayer[torch]'")
 
-from bnlayer_torch.paths import PATHS  # noqa: E402 - it imports torch
+from bnlayer_torch import layer  # noqa: E402 - they import torch
+from bnlayer_torch.fused import at_once  # noqa: E402
+from bnlayer_torch.paths import PATHS  # noqa: E402
 
 BatchNorm1d, BatchNorm2d, batch_norm = bnlayer_torch.BatchNorm1d, bnlayer_torch.BatchNorm2d, bnlayer_torch.batch_norm
 IMAGES, ROWS = (16, 32, 12, 12), (500, 6)
@@ -125,6 +127,61 @@ def test_where_the_check_does_not_tell_the_accuracy_is_torch_nns(column: int) ->
     assert torch.equal(y, theirs(x))
     assert torch.equal(ours.running_mean, theirs.running_mean)
     assert torch.equal(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels_last"])
+@pytest.mark.parametrize("passes", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_common_call_of_a_module_is_computed_at_once(layout: str, passes: bool, grad: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    every = told("rows" if layout == "channels_last" else "checked")
+    x = laid_out(every[:, :3] * (1 if passes else [1, 1, 0]) + (0 if passes else [0, 0, 5]), "columns").float()
+    if layout == "channels_last":
+        x = x.view(IMAGES[0], *IMAGES[2:], 3).permute(0, 3, 1, 2)
+    came: list[Any] = []
+    monkeypatch.setattr(layer, "at_once", lambda *given: came.append(at_once(*given)) or came[-1])
+    module = (BatchNorm1d if layout == "rows" else BatchNorm2d)(3, momentum=0.25)
+    wanted, dy = copy.deepcopy(module), normal(*x.shape, seed=1)
+    results = []
+    for one, path in ((module, None), (wanted, "checked")):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_(grad)
+        if path is None:
+            y = one(leaf)
+        else:
+            with PATHS.forced(path) as taken:
+                y = one(leaf)
+            assert dict(taken) == {"checked": 1}
+        gradients = torch.autograd.grad(y, [leaf, *one.parameters()], dy) if grad else ()
+        results.append([y, *gradients, *one.buffers()])
+    assert [found and found[1] for found in came] == [passes, None]
+    for got, right in zip(*results, strict=True):
+        assert torch.equal(got, right)
+
+
+def test_what_is_not_a_common_call_is_not_computed_at_once(monkeypatch: Any) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x, ones, zeros = normal(500, 3), torch.ones(3), torch.zeros(3)
+
+    def found(x: Any) -> Any:
+        return at_once(x, ones, zeros, ones.clone(), ones.clone(), 0.1, 1e-5, len(x))
+
+    assert found(x)[1]
+    assert found(x[:16]) is None  # short sums do not drift
+    assert found(x.double()) is None
+    assert found(x.t().contiguous().t()) is None
+    assert at_once(normal(*IMAGES), *[torch.ones(IMAGES[1])] * 4, 0.1, 1e-5, 2304) is None
+    assert torch.func.vmap(lambda x: torch.ones(()) * (found(x) is None))(x.expand(2, -1, -1)).all()
+    with torch.autograd.forward_ad.dual_level():
+        assert found(x) is None
+    with FlopCounterMode(display=False):
+        assert found(x) is None
+    seen: list[Any] = []
+    leaf = x.clone().requires_grad_()
+    leaf.register_hook(lambda _: seen.append(found(x)))
+    leaf.sum().backward()
+    assert seen == [None]
 
 
 @pytest.mark.parametrize("path", ["rows", "columns", "checked"])
