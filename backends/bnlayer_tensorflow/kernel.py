@@ -57,7 +57,7 @@ def by_ghosts(
     Returns:
         as `by_batch`, the statistics of shape (G, C).
     """
-    number = x.shape[axis]
+    number: Any = x.shape[axis]
     moved, shift = _near(x, count * number, tuple(i for i in range(3) if i != axis))
     shifts = tf.unstack(tf.reshape(shift, (number, -1)))
     parts = zip(tf.split(moved, number, axis), shifts, strict=True)

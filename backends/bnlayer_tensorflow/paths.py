@@ -29,9 +29,8 @@ def path_of(x: tf.Tensor, call: Call) -> str:
     ghosts = ghosts_of(x, plan, call.spec)
     able = _able(x, call, ghosts)
     size = plan.count and plan.count * call.spec.num_features
-    if size is None or size >= _WORTH_A_KERNEL * (1 if ghosts is None else ghosts.number):
-        order = ("fused", "sums", "composite")
-    else:
+    order: tuple[str, ...] = ("fused", "sums", "composite")
+    if size is not None and size < _WORTH_A_KERNEL * (1 if ghosts is None else ghosts.number):
         order = ("sums", "fused", "composite") if ghosts is None else ("composite", "fused")
     return PATHS.chosen(next(name for name in order if name in able), able)
 

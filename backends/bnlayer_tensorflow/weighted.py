@@ -1,8 +1,8 @@
 """The path over the framework's own kernel where positions have weights: its inference applies what products sum.
 
-Sums by weight are products with the row p = w/W. The mean is one, and the variance is one of the squared deviations
-from it, so that far from 0 it loses no digits; but the deviations are only as good as the mean, which is off by
-K u sqrt(m^2 + v). So where |m| > 4 sd, a second round takes both of what is left of x without that mean.
+Sums by weight are products with the row p = w/W. The mean is one, and another is the mean square, whose difference to
+m^2 is off by K u (m^2 + v): where |m| <= 2 sd, by 5 times what the variance has to be off by. Elsewhere a second round
+takes both of what is left of x without that mean. The squares do not wait for the weights to be related to their total.
 
 Anything may lie under a mask. The products see 0 times it, which is 0 if it is finite, and so is its square; so where
 all sums are finite nothing is amiss, and else the second round puts the mean in the place of what is hidden.
@@ -21,7 +21,7 @@ from .statistics import Moments, unbiased
 from .tensors import number
 from .weights import checked_weights, read_weights
 
-_NEAR: Final = 4.0  # standard deviations, as in `kernel`
+_NEAR: Final = 2.0  # standard deviations, as in `sums`
 
 
 def by_moving(
@@ -105,9 +105,10 @@ def by_batch(
         doffset = tf.reshape(ones @ _rows(dy), (-1,))
         moment = tf.reshape(ones @ _rows(dy * clean), (-1,)) - mean * doffset
         # dx = gain (dy - p (doffset + (x - m) moment/(v + epsilon)))
-        slope, level = gain * moment / of_var, gain * doffset
-        along = kernel.affine(clean, slope, level - slope * mean, tf.zeros_like(slope))
-        dx = dy * gain - tf.reshape(p, tf.concat([tf.shape(dy)[:-1], [1]], 0)) * along
+        steepness = moment / of_var
+        along = kernel.affine(clean, steepness, doffset - steepness * mean, tf.zeros_like(mean))
+        dx = (dy - tf.reshape(p, tf.concat([tf.shape(dy)[:-1], [1]], 0)) * along) * gain
+        slope, level = gain * steepness, gain * doffset
         dp = tf.zeros_like(p)
         if learns:
             # For each position -sum over c of (x - m) level + ((x - m)^2 - v) slope/2, where the sum over p of the
@@ -136,7 +137,7 @@ def _statistics(x: tf.Tensor, p: tf.Tensor, positive: tf.Tensor) -> tuple[tf.Ten
     """
     values, column = _rows(x), tf.reshape(p, (-1, 1))
     mean = tf.reshape(p @ values, (-1,))
-    variance = tf.reshape(p @ tf.math.squared_difference(values, mean), (-1,))
+    variance = tf.reshape(p @ tf.square(values), (-1,)) - tf.square(mean)
     finite = tf.reduce_all(tf.math.is_finite(variance))
     near = finite & tf.reduce_all(tf.square(mean) <= _NEAR**2 * variance)
 
