@@ -48,10 +48,10 @@ def batch_norm(
     Lengths of x may be unknown in a graph, its rank and its channel count may not. What then depends on them (an
     empty batch, one value per channel, the number of ghost batches) is decided when the graph runs.
 
-    First and second derivatives are right. A limit of TensorFlow's own kernel, which computes large batches where there
-    are no ghost batches and no adjustment, the channels are last, and x is not float64: third derivatives in training
-    are wrong, and forward mode around a `tf.function` (and not around the call itself) finds None. Under
-    `jit_compile` plain operations compute, and both are right.
+    First and second derivatives are right. A limit of TensorFlow's own kernel, which computes large batches, and large
+    ghost batches of one size, where there is no adjustment, the channels are last, and x is not float64: third
+    derivatives in training are wrong, and forward mode around a `tf.function` (and not around the call itself) finds
+    None. Under `jit_compile` plain operations compute, and both are right.
 
     Args:
         x: float16, bfloat16, float32 or float64, of rank 2 or more, `spec.num_features` long on `spec.axis`.
