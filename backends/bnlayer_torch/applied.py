@@ -47,9 +47,8 @@ def _applied(
     # Memory of its own, which the kernel fills by a view: were y a view itself, autograd would let nothing change it in
     # place, as an activation after it may.
     y, unused = torch.empty_like(x), x.new_empty(0)
-    with torch.no_grad():
-        out = order.merge(y), unused, unused
-        torch.native_batch_norm(order.merge(x), gamma, beta, mean, variance, False, 0.0, epsilon, out=out)
+    out = order.merge(y), unused, unused
+    torch.native_batch_norm(order.merge(x), gamma, beta, mean, variance, False, 0.0, epsilon, out=out)
     return y
 
 

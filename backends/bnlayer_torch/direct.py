@@ -151,7 +151,7 @@ def _of_ghosts(own: _Own, x: Tensor, size: int, strided: bool) -> Tensor | None:
     count = folded.numel() // folded.shape[1]
     if count <= 1:
         return None
-    gamma, beta = (None if t is None else t.repeat(number) for t in (gamma, beta))
+    gamma, beta = (None if t is None else torch.cat([t] * number) for t in (gamma, beta))
     way = way_of(folded, 1, count, own.epsilon, plain=True)
     y, each = from_batch(folded, gamma, beta, own.epsilon, 1, count, way)
     mean, variance = torch.stack(each).view(2, number, -1).mean(1)
