@@ -6,7 +6,7 @@ a hundred thousand elements; here is what usual calls need of it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from .renorm import clipped, corrected
 from .sums import measured
 from .surroundings import around
 from .weights import fits, hide_too_much, read_shares
+
+_OF_RENORM: Final = ("renorm_mean", "renorm_stddev", "moving_stddev")
 
 
 class _Own(NamedTuple):
@@ -114,11 +116,11 @@ def _of_batch(module: Any, own: _Own, x: Tensor, weights: Tensor | None, renorm:
         y = by_known(x, paired(own.gamma, own.beta), own.beta, *batch, epsilon, order, shares)
         _enter(own, *batch, bessel if own.unbiased else 1.0)
         return y
+    average_mean, average_stddev, moving_stddev = (module._buffers.get(name) for name in _OF_RENORM)
+    if average_mean is None or average_stddev is None or moving_stddev is None:
+        return None
     mean, variance = batch
     stddev = torch.sqrt(variance + epsilon)
-    average_mean, average_stddev, moving_stddev = (
-        module._buffers[name] for name in ("renorm_mean", "renorm_stddev", "moving_stddev")
-    )
     correction = clipped(mean, stddev, average_mean, average_stddev, epsilon, renorm)
     gamma, beta = corrected(own.gamma, own.beta, correction)
     y = by_known(x, gamma, beta, mean, variance, epsilon, order, shares)

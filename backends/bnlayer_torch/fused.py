@@ -37,11 +37,11 @@ _ALWAYS_SHORT: Final = 16
 # Up to this ratio of m^2 and v what the kernel finds counts; a constant channel, where its sums drift, has a larger. In
 # a channel of very few different values they may drift too, mean and variance by count/4 roundings at the worst. That
 # is torch.nn's own accuracy; sums that do not (`bnlayer_torch.sums`) take 1.3 to 1.8 times as long as the whole kernel.
-_RATIO_CHECKED: Final = 16.0
+RATIO_CHECKED: Final = 16.0
 # From this many elements on our own sums by rows are faster than the kernel.
 _MANY_ROWS: Final = 1 << 15
 # Below it a variance could matter whose squares vanish in float32.
-_LEAST_EPSILON: Final = 1e-12
+LEAST_EPSILON: Final = 1e-12
 
 _functorch: Final[Any] = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -74,7 +74,7 @@ def way_of(x: Tensor, axis: int, count: int, epsilon: float, *, plain: bool) -> 
     alone = CENTERED if drifts else NATIVE
     if not plain or not (drifts or PATHS.watched or (x.dim() > 2 and x.numel() >= _MANY_ROWS)):
         return alone
-    if x.dtype in HALVES or epsilon < _LEAST_EPSILON or count <= 1 or not can_look(x):
+    if x.dtype in HALVES or epsilon < LEAST_EPSILON or count <= 1 or not can_look(x):
         return alone
     if drifts and x.dtype is torch.float32 and not PATHS.watched:
         return CHECKED
@@ -98,7 +98,7 @@ def weighted_order(x: Tensor, weights: Tensor, axis: int, count: int, epsilon: f
     Around the call is nothing, or a recomputation.
     """
     differentiable = torch.is_grad_enabled() and weights.requires_grad
-    if count <= 1 or epsilon < _LEAST_EPSILON or differentiable or not (can_look(x) and can_look(weights)):
+    if count <= 1 or epsilon < LEAST_EPSILON or differentiable or not (can_look(x) and can_look(weights)):
         return None
     order = order_of(x, axis)
     if order is None or PATHS.chosen("weighted", ("weighted", "composite")) != "weighted":
@@ -165,7 +165,7 @@ def statistics(x: Tensor, axis: int, count: int, epsilon: float) -> tuple[Order,
         count: elements a channel.
         epsilon: what will be added to the variance.
     """
-    order = order_of(x, axis) if epsilon >= _LEAST_EPSILON and can_look(x) else None
+    order = order_of(x, axis) if epsilon >= LEAST_EPSILON and can_look(x) else None
     if order is None:
         return None
     way = way_of(x, axis, count, epsilon, plain=True)
@@ -175,7 +175,7 @@ def statistics(x: Tensor, axis: int, count: int, epsilon: float) -> tuple[Order,
     if way.centered:
         return None
     mean, variance = torch.ops.aten.batch_norm_update_stats(order.merge(x.detach()), None, None, 0.0)
-    if way.path == "native" or torch.square(mean).sub_(variance, alpha=_RATIO_CHECKED).amax().item() <= 0:
+    if way.path == "native" or torch.square(mean).sub_(variance, alpha=RATIO_CHECKED).amax().item() <= 0:
         return order, (mean, variance)
     batch = measured(x, order, count)
     return None if batch is None else (order, batch)
@@ -204,7 +204,7 @@ def at_once(
         or not x.is_cpu
         or x.layout is not torch.strided
         or x.is_contiguous() != (x.dim() == 2)
-        or epsilon < _LEAST_EPSILON
+        or epsilon < LEAST_EPSILON
         or count <= _ALWAYS_SHORT
         or count <= _longest(count)
         or torch._C._is_tracing()
@@ -253,13 +253,13 @@ def unchecked(x: Tensor, axis: int) -> Way:
     return CENTERED if order is None else Way("columns", order)
 
 
-_MOST: Final = _RATIO_CHECKED**0.5 * (1.0 + 8 * torch.finfo(torch.float32).eps)
+_MOST: Final = RATIO_CHECKED**0.5 * (1.0 + 8 * torch.finfo(torch.float32).eps)
 
 
 @lru_cache
 def _hidden(epsilon: float) -> Tensor:
     # Of one axis, for a number without any would be converted first.
-    return torch.tensor([(_RATIO_CHECKED * epsilon) ** 0.5], dtype=torch.float32, device="cpu")
+    return torch.tensor([(RATIO_CHECKED * epsilon) ** 0.5], dtype=torch.float32, device="cpu")
 
 
 def from_moving(

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .fused import LEAST_EPSILON, RATIO_CHECKED
 from .orders import Order
 from .sums import measured_in_rows
 from .surroundings import are_many
-
-# Up to this ratio of m^2 and v what the kernel finds counts; see `bnlayer_torch.fused`.
-_RATIO_CHECKED: Final = 16.0
-_LEAST_EPSILON: Final = 1e-12
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def by_pieces(
         gamma, beta: (C,) of x's dtype, or None; no beta without a gamma.
         epsilon: of the spec.
     """
-    if epsilon < _LEAST_EPSILON or x.dtype is not torch.float32:
+    if epsilon < LEAST_EPSILON or x.dtype is not torch.float32:
         return None
     number = len(pieces.sizes)
     gammas, betas = (None if t is None else t.expand(number, -1) for t in (gamma, beta))
@@ -109,7 +106,7 @@ def by_pieces(
                 target.copy_(out.view(target.shape))
     counts = pieces.counts
     means, variances = moments[0], moments[1].mul_((counts - 1.0).div_(counts))
-    if not torch.square(means).sub_(variances, alpha=_RATIO_CHECKED).max().item() <= 0:
+    if not torch.square(means).sub_(variances, alpha=RATIO_CHECKED).max().item() <= 0:
         return None
     return _with_gradients(x, pieces, gammas, betas, y, means, saved[1], epsilon), means, variances
 

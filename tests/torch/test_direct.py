@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import bnlayer_torch
-from bnlayer import InputError, Renorm
+from bnlayer import InputError, Renorm, StateError
 
 torch = pytest.importorskip("torch", reason="pip install 'bnlayer[torch]'")
 
@@ -191,3 +191,20 @@ def test_eval_with_weights_is_eval_without(monkeypatch: Any) -> None:
     with torch.no_grad():
         assert torch.equal(module.eval()(x, weights), module(x))
         assert torch.equal(module(x, weights > 0.5), module(x))
+
+
+def test_renorm_without_its_averages_is_refused() -> None:
+    module = bnlayer_torch.BatchNorm1d(6, moving_variance_estimator="biased")
+    module.renorm = Renorm()
+    with pytest.raises(StateError, match="renorm_mean"):
+        module(normal(*SHAPES["NC"]))
+    assert module.num_batches_tracked == 0
+
+
+def test_a_later_call_does_not_change_the_gradients_of_an_earlier_one() -> None:
+    module, x, (mask,) = made("renormed mask", SHAPES["NCHW"], "NCHW")
+    leaf = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(copy.deepcopy(module)(leaf, mask).square().sum(), leaf)
+    y = module(leaf, mask)
+    module(x, mask)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaf)[0], wanted)
