@@ -68,7 +68,9 @@ def _against_keras(
     x, dy = (tf.constant(a) for a in data(shape, dtype, mean=mean))
     kinds = (bnlayer_keras.BatchNormalization, keras.layers.BatchNormalization)
     policy = "float32" if dtype == "float32" else f"mixed_{dtype}"
-    steps = [partial(_run, _layer(kind(axis=axis, dtype=policy), shape), mode) for kind in kinds]
+    steps: list[Callable[..., Any]] = [
+        partial(_run, _layer(kind(axis=axis, dtype=policy), shape), mode) for kind in kinds
+    ]
     if traced:
         steps = [_settled(tf.function(step, jit_compile=jit_compile), x, dy) for step in steps]
 
