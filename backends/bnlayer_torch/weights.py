@@ -177,7 +177,7 @@ def hide_too_much(shares: Shares, x: Tensor) -> bool:
     """Whether a gradient could come out wrong by what lies where no weight is: it has 0 times xhat times another's."""
     if not shares.hides or not torch.is_grad_enabled():
         return False
-    low, high = torch.aminmax(x.detach())
+    low, high = torch.aminmax(shares.order.merge(x.detach()))  # in the order of memory it is ten times as fast
     return not max(-low.item(), high.item()) < torch.finfo(x.dtype).max ** 0.25
 
 
