@@ -78,7 +78,8 @@ def _against_keras(
         return tuple(tuple(part.numpy() for part in step(x, dy)) for step in steps)
 
     tolerance = 1e-2 if dtype == "float16" or mean > 1 else 1e-4  # the peer's own
-    return Pair(partial(_timed, steps[0], x, dy), partial(_timed, steps[1], x, dy), results, tolerance)
+    ours, peer = (partial(_timed, step, x, dy) for step in steps)
+    return Pair(ours, peer, results, tolerance, memory=partial(_memory, ours))
 
 
 def _against_plain(mode: Mode, shape: Shape, option: Option) -> Pair:
@@ -103,7 +104,8 @@ def _against_plain(mode: Mode, shape: Shape, option: Option) -> Pair:
         right = option.right(mode, arrays, parameters(shape[-1]), _EPSILON, -1)
         return tuple(part.numpy() for part in ours(x, dy)), right
 
-    return Pair(partial(_timed, ours, x, dy), partial(_timed, peer, x, dy), results)
+    call = partial(_timed, ours, x, dy)
+    return Pair(call, partial(_timed, peer, x, dy), results, memory=partial(_memory, call))
 
 
 def _layer(layer: Any, shape: Shape) -> Any:
@@ -126,6 +128,18 @@ def _timed(step: Callable[..., Any], x: Any, dy: Any) -> Any:
     result = step(x, dy)
     tf.test.experimental.sync_devices()
     return result
+
+
+def _memory(call: Callable[[], Any]) -> int:
+    """By the count of TensorFlow's own allocator, which keeps what was freed."""
+    from tensorflow.config import experimental
+
+    experimental.reset_memory_stats("CPU:0")
+    before = int(experimental.get_memory_info("CPU:0")["current"])
+    kept = call()
+    peak = int(experimental.get_memory_info("CPU:0")["peak"])
+    del kept
+    return peak - before
 
 
 def _run(layer: Any, mode: Mode, x: Any, dy: Any, **call: Any) -> tuple[Any, ...]:
