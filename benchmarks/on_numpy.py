@@ -37,6 +37,9 @@ def cases(device: str = "cpu") -> Iterator[Case]:
             for mode in option.modes:
                 bar, make = option.bar(mode, strict=True), partial(_against_plain, mode, shape, _axis(layout), option)
                 yield Case("numpy", "ours, plain", mode, "float32", f"{layout}, {option.name}", shape, bar, make)
+    for mode in MODES:
+        peer = "textbook (not ours: bare operations)"
+        yield Case("numpy", peer, mode, "float32", "NC", (256, 128), None, partial(_limit, mode, (256, 128)))
     for layout, shape in (("NHWC", (32, 56, 56, 64)), ("NCHW", (32, 64, 56, 56))):
         for mode in MODES:
             yield _against_textbook(mode, layout, shape, "float16", None)
@@ -79,6 +82,23 @@ def _textbook(mode: Mode, shape: Shape, axis: int, dtype: str, mean: float, simp
     x, dy = data(shape, dtype, mean=mean)
     values = {**parameters(shape[axis]), "moving_mean": np.full(shape[axis], mean, np.float32)}
     ours = _ours(mode, shape, axis, x, dy, values)
+    peer = _formulas(mode, shape, axis, dtype, simplified, x, dy, values)
+    # Beside a large mean it is the textbook's x - mean that loses digits.
+    tolerance = 5e-3 if dtype == "float16" or mean > 1 else 1e-4
+    return Pair(ours, peer, lambda: (ours(), peer()), tolerance, memory=partial(_memory, ours))
+
+
+def _formulas(
+    mode: Mode,
+    shape: Shape,
+    axis: int,
+    dtype: str,
+    simplified: bool,
+    x: NDArray,
+    dy: NDArray,
+    values: dict[str, NDArray],
+) -> Callable[[], tuple[NDArray, ...]]:
+    """The textbook's call."""
     reduced = tuple(i for i in range(len(shape)) if i != axis % len(shape))
     wide = [1] * len(shape)
     wide[axis] = -1
@@ -109,9 +129,38 @@ def _textbook(mode: Mode, shape: Shape, axis: int, dtype: str, mean: float, simp
         dmean += dvariance * (-two * (x - mean)).sum(reduced, keepdims=True) / count
         return y, dxhat / stddev + dvariance * two * (x - mean) / count + dmean / count
 
-    # Beside a large mean it is the textbook's x - mean that loses digits.
-    tolerance = 5e-3 if dtype == "float16" or mean > 1 else 1e-4
-    return Pair(ours, peer, lambda: (ours(), peer()), tolerance, memory=partial(_memory, ours))
+    return peer
+
+
+def _limit(mode: Mode, shape: Shape) -> Pair:
+    """Not ours, but the fewest operations of NumPy that give its results, without averages, checks or a guard: how fast
+    a small call can be."""
+    (x, dy), values = data(shape), parameters(shape[-1])
+    gamma, beta, ones = values["gamma"], values["beta"], np.ones(shape[0], np.float32)
+    count, epsilon = np.float32(shape[0]), np.float32(_EPSILON)
+
+    def bare() -> tuple[NDArray, ...]:
+        if mode == "eval":
+            mean, variance = values["moving_mean"], values["moving_variance"]
+        else:
+            mean = ones.dot(x) / count
+            variance = ones.dot(x * x) / count - mean * mean
+        rstd = 1 / np.sqrt(variance + epsilon)
+        scale = gamma * rstd
+        y = x * scale
+        y += beta - mean * scale
+        if mode != "grad":
+            return (y,)
+        dbeta = ones.dot(dy)
+        slope = (ones.dot(dy * x) - mean * dbeta) * rstd * rstd / count
+        dx = x * slope
+        np.subtract(dy, dx, out=dx)
+        dx -= dbeta / count - mean * slope
+        dx *= scale
+        return y, dx
+
+    peer = _formulas(mode, shape, -1, "float32", False, x, dy, values)
+    return Pair(bare, peer, lambda: (bare(), peer()))
 
 
 def _against_plain(mode: Mode, shape: Shape, axis: int, option: Option) -> Pair:

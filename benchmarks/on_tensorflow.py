@@ -40,6 +40,10 @@ def cases(device: str = "cpu") -> Iterator[Case]:
         yield _case("keras.layers, eager", mode, "NHWC", IMAGES[1], None, traced=False)
         yield _case(_PEER, mode, "NHWC", IMAGES[1], None, dtype="float16")
         yield _case(f"{_PEER}, mean 1e3", mode, "NHWC", IMAGES[1], None, mean=1e3)
+        for shape in (*IMAGES, (65536, 64)):
+            layout = "NHWC" if len(shape) == 4 else "NC"
+            peer, make = f"{_PEER} (not ours: the kernel alone)", partial(_limit, mode, shape)
+            yield Case("tensorflow", peer, mode, "float32", layout, shape, None, make)
 
 
 def _case(
@@ -80,6 +84,51 @@ def _against_keras(
     tolerance = 1e-2 if dtype == "float16" or mean > 1 else 1e-4  # the peer's own
     ours, peer = (partial(_timed, step, x, dy) for step in steps)
     return Pair(ours, peer, results, tolerance, memory=partial(_memory, ours))
+
+
+def _limit(mode: Mode, shape: Shape) -> Pair:
+    """Not ours, but what it calls: how fast a call by this kernel can be."""
+    import keras
+    import tensorflow as tf
+
+    x, dy = (tf.constant(a) for a in data(shape))
+    layers = _Bare(shape), _layer(keras.layers.BatchNormalization(), shape)
+    steps = [_settled(tf.function(partial(_run, layer, mode)), x, dy) for layer in layers]
+
+    def results() -> Any:
+        return tuple(tuple(part.numpy() for part in step(x, dy)) for step in steps)
+
+    return Pair(partial(_timed, steps[0], x, dy), partial(_timed, steps[1], x, dy), results)
+
+
+class _Bare:
+    """TensorFlow's fused kernel and the averages, channels last: no guard, no options."""
+
+    def __init__(self, shape: Shape) -> None:
+        import tensorflow as tf
+
+        self._flat = (-1, 1, 1, shape[-1])
+        values = parameters(shape[-1])
+        self.trainable_variables = [tf.Variable(values[name]) for name in ("gamma", "beta")]
+        self._averages = [tf.Variable(values[name]) for name in ("moving_mean", "moving_variance")]
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        import tensorflow as tf
+
+        gamma, beta, *moving = map(tf.convert_to_tensor, (*self.trainable_variables, *self._averages))
+        y, *batch = tf.raw_ops.FusedBatchNormV3(
+            x=x if len(x.shape) == 4 else tf.reshape(x, self._flat),
+            scale=gamma,
+            offset=beta,
+            mean=[] if training else moving[0],
+            variance=[] if training else moving[1],
+            epsilon=_EPSILON,
+            is_training=training,
+        )
+        if training:
+            for average, new in zip(self._averages, batch[:2], strict=True):
+                average.assign(0.99 * average + 0.01 * new)
+        return tf.reshape(y, tf.shape(x))
 
 
 def _against_plain(mode: Mode, shape: Shape, option: Option) -> Pair:
