@@ -9,13 +9,11 @@ import keras
 import numpy as np
 import torch
 
-import bnlayer_torch
 from bnlayer.contract import CallOutcome, NDArray, Request
 from bnlayer.errors import UnsupportedError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, numpy_dtype
-from bnlayer_torch.fused import from_batch, from_moving, way_of
-from bnlayer_torch.surroundings import around
+from bnlayer_torch import function
 
 from .runtime import Forward
 
@@ -30,39 +28,29 @@ def batch_norm(x: Any, state: BatchNormState[Any], spec: BatchNormSpec, **keywor
     seen = state
     if spec.track_moving_stats and torch.is_grad_enabled():
         seen = state.replace(**{name: getattr(state, name).clone() for name in ("moving_mean", "moving_variance")})
-    y, after = bnlayer_torch.batch_norm(x, seen, spec, **keywords)
+    y, after = function.batch_norm(x, seen, spec, **keywords)
     return y, state if after is seen else after
 
 
 def plain(layer: Any, x: Any, training: bool) -> Any | None:
-    """See `runtime.Runtime`: what it takes to find and make a spec and two states is more than a small batch's sums."""
-    if type(x) is not torch.Tensor or around() != "nothing":
-        return None
-    rank, features, dtype = x.dim(), layer.moving_mean.shape[0], x.dtype
-    axis = layer.axis + rank if layer.axis < 0 else layer.axis
+    """See `runtime.Runtime`."""
     gamma, beta = (None if each is None else each.value for each in (layer.gamma, layer.beta))
     mean, variance = layer.moving_mean.value, layer.moving_variance.value
-    count = x.numel() // features
-    if (
-        not 0 < axis < rank
-        or x.shape[axis] != features
-        or count < (2 if training else 1)
-        or dtype not in (torch.float32, torch.float64)
-        or any(each is not None and each.dtype is not dtype for each in (gamma, beta, mean, variance))
-    ):
+    if not training and torch.is_grad_enabled():  # see `batch_norm`
+        mean, variance = mean.clone(), variance.clone()
+    found = function.normalize(
+        x, gamma, beta, mean, variance, axis=layer.axis, epsilon=layer.epsilon, training=training
+    )  # fmt: skip
+    if found is None:
         return None
-    epsilon, decay = layer.epsilon, layer.momentum
-    if not training:
-        if torch.is_grad_enabled():  # see `batch_norm`
-            mean, variance = mean.clone(), variance.clone()
-        return from_moving(x, gamma, beta, mean, variance, epsilon, axis)
-    way = way_of(x, axis, count, epsilon, plain=True)
-    y, (batch_mean, batch_variance) = from_batch(x, gamma, beta, epsilon, axis, count, way)
-    bessel = count / (count - 1) if layer.moving_variance_estimator == "unbiased" else 1.0
-    with torch.no_grad():
-        layer.moving_mean.assign((mean * decay).add_(batch_mean, alpha=1.0 - decay))
-        layer.moving_variance.assign((variance * decay).add_(batch_variance, alpha=(1.0 - decay) * bessel))
-        layer.num_updates.assign(layer.num_updates.value + 1)
+    y, batch = found
+    if batch is not None:
+        count, decay = x.numel() // mean.shape[0], layer.momentum
+        bessel = count / (count - 1) if layer.moving_variance_estimator == "unbiased" else 1.0
+        with torch.no_grad():
+            layer.moving_mean.assign((mean * decay).add_(batch[0], alpha=1.0 - decay))
+            layer.moving_variance.assign((variance * decay).add_(batch[1], alpha=(1.0 - decay) * bessel))
+            layer.num_updates.assign(layer.num_updates.value + 1)
     return y
 
 

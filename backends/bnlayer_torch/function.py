@@ -120,6 +120,53 @@ class _Call:
     adjustment: tuple[Tensor, Tensor] | None
 
 
+def normalize(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    *,
+    axis: int,
+    epsilon: float,
+    training: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
+    """y of a plain call of a layer that keeps its own averages: to find and make a spec and two states takes longer
+    than the sums of a small batch.
+
+    Args:
+        x: any tensor.
+        gamma, beta, mean, variance: (C,) each; the last two normalize unless `training`. They must not be changed in
+            place before the backward pass where gradients are wanted.
+        axis: of the channels, may be negative.
+        epsilon: above 0 and finite.
+        training: whether the batch's own statistics normalize.
+
+    Returns:
+        y, of x's shape and dtype, and in training the batch's mean and biased variance, (C,) each and without gradient;
+        None where `batch_norm` has to look at the call: what it would refuse, any dtype that is not that of all others,
+        and where something records or transforms it.
+    """
+    if type(x) is not Tensor or around() != "nothing":
+        return None
+    rank, features, dtype = x.dim(), mean.shape[0], x.dtype
+    axis = axis + rank if axis < 0 else axis
+    if (
+        not 0 < axis < rank
+        or x.shape[axis] != features
+        or dtype not in (torch.float32, torch.float64)
+        or any(each is not None and each.dtype is not dtype for each in (gamma, beta, mean, variance))
+    ):
+        return None
+    count = x.numel() // features
+    if count < (2 if training else 1):
+        return None
+    if not training:
+        return fused.from_moving(x, gamma, beta, mean, variance, epsilon, axis), None
+    way = fused.way_of(x, axis, count, epsilon, plain=True)
+    return fused.from_batch(x, gamma, beta, epsilon, axis, count, way)
+
+
 def _read(
     x: Tensor,
     spec: BatchNormSpec,
