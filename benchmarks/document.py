@@ -92,14 +92,11 @@ def _cell(rows: list[Row]) -> str:
 
 
 def _job(rows: list[Row]) -> list[str]:
-    cell = _cell(rows)
-    if rows[0].get("megabytes") is not None:
-        most = max(row["megabytes"] for row in rows)
-        cell += f"; at most {most:.0f} MB" + (
-            f" ≤ {rows[0]['memory_bar']:.0f} {_MARKS[all(row['fits'] for row in rows)]}"
-            if "memory_bar" in rows[0]
-            else ""
-        )
+    cell, measured = _cell(rows), [row for row in rows if row.get("megabytes") is not None]  # some runs go without
+    if measured:
+        cell += f"; at most {max(row['megabytes'] for row in measured):.0f} MB"
+        if "memory_bar" in measured[0]:
+            cell += f" (bar {measured[0]['memory_bar']:.0f} {_MARKS[all(row['fits'] for row in measured)]})"
     return [rows[0]["layout"], rows[0]["peer"], cell]
 
 

@@ -113,7 +113,7 @@ class Panel:
     cuts: tuple[Cut, ...]
 
     def spread(self, values: NDArray, dtype: np.dtype[Any], positions: int = 1) -> NDArray:
-        """Per-channel values for the operations on a block: as large as that, or to be broadcast.
+        """Per-channel values for the operations on a block: as large as that, or to be repeated.
 
         `positions`: the view has so many in one, as `long_rows` made it, and the values are those of each.
         """
@@ -124,7 +124,8 @@ class Panel:
             return row.reshape(-1, 1)
         if len(self.cuts) < SPREAD_FROM or self.block[3] >= BUFFER:
             return values.reshape(-1, 1)
-        spread = np.empty(self.block, dtype)
+        _, _, c, b = self.block
+        spread = np.empty((1, 1, c, b) if c * b >= BUFFER else self.block, dtype)
         spread[...] = values.reshape(-1, 1)
         return spread
 
