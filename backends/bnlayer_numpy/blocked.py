@@ -93,17 +93,16 @@ def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
     side = side_by_side(view, target)
     view, target = long_rows(view, side), long_rows(target, side)
     cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None)
-    over(cut, partial(_normalized, view, target, shift, scale, offset, side, arithmetic), backward=True)
+    values = _Values((shift, scale, offset), arithmetic, side, cut)
+    over(cut, partial(_normalized, view, target, values, arithmetic), backward=True)
     put(target, y[part.rows])
     return True
 
 
 def _normalized(
-    view: NDArray, target: NDArray, shift: NDArray | None, scale: NDArray, offset: NDArray, side: int,
-    arithmetic: np.dtype[Any], panel: Panel, cuts: Sequence[Cut],
-) -> None:  # fmt: skip
-    shifts = None if shift is None else panel.spread(shift, arithmetic, side)
-    scales, offsets = panel.spread(scale, arithmetic, side), panel.spread(offset, arithmetic, side)
+    view: NDArray, target: NDArray, values: _Values, arithmetic: np.dtype[Any], panel: Panel, cuts: Sequence[Cut]
+) -> None:
+    shifts, scales, offsets = values(panel)
     loaded = _Loaded(panel, arithmetic)
     for cut in reversed(cuts):
         x, result = loaded(view[cut]), target[cut]
@@ -192,17 +191,16 @@ def _projected(
     side = side_by_side(view, dy, target) if weights is None else 1
     view, dy, target = long_rows(view, side), long_rows(dy, side), long_rows(target, side)
     cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None)
-    work = partial(_panel_projected, view, dy, target, shift, slope, constant, scale, weights, side, arithmetic)
+    values = _Values((shift, slope, constant, scale), arithmetic, side, cut)
+    work = partial(_panel_projected, view, dy, target, values, weights, arithmetic)
     return all(all(found) for found in over(cut, work, backward=True))
 
 
 def _panel_projected(
-    view: NDArray, dy: NDArray, target: NDArray, shift: NDArray | None, slope: NDArray, constant: NDArray,
-    scale: NDArray, weights: NDArray | None, side: int, arithmetic: np.dtype[Any], panel: Panel, cuts: Sequence[Cut],
+    view: NDArray, dy: NDArray, target: NDArray, values: _Values, weights: NDArray | None,
+    arithmetic: np.dtype[Any], panel: Panel, cuts: Sequence[Cut],
 ) -> bool:  # fmt: skip
-    shifts = None if shift is None else panel.spread(shift, arithmetic, side)
-    slopes, constants = panel.spread(slope, arithmetic, side), panel.spread(constant, arithmetic, side)
-    scales = panel.spread(scale, arithmetic, side)
+    shifts, slopes, constants, scales = values(panel)
     load_x, load_dy = _Loaded(panel, arithmetic), _Loaded(panel, arithmetic)
     check = None if weights is None else Sum(panel, arithmetic)
     for at in reversed(cuts):
@@ -356,6 +354,23 @@ def _totals(found: list[list[tuple[NDArray, NDArray]]]) -> tuple[NDArray, NDArra
 
 def _all_channels(at: Cut) -> Cut:
     return at[0], at[1], ALL, at[3]
+
+
+class _Values:
+    """Per-channel values, the first of which may be missing, spread for each panel's blocks: once for all threads where
+    there is one panel, whose spread may be as large as a block."""
+
+    def __init__(
+        self, values: tuple[NDArray | None, ...], arithmetic: np.dtype[Any], side: int, cut: tuple[Panel, ...]
+    ) -> None:
+        self._values, self._arithmetic, self._side = values, arithmetic, side
+        self._ready = self._spread(cut[0]) if len(cut) == 1 else None
+
+    def __call__(self, panel: Panel) -> tuple[Any, ...]:
+        return self._spread(panel) if self._ready is None else self._ready
+
+    def _spread(self, panel: Panel) -> tuple[Any, ...]:
+        return tuple(None if v is None else panel.spread(v, self._arithmetic, self._side) for v in self._values)
 
 
 class _Loaded:
