@@ -83,10 +83,10 @@ def _on_torch(layers: list[Any], device: str, mode: Mode, shape: Shape) -> Pair:
         if mode != "grad":
             with torch.no_grad():
                 return (layer(x, training=mode == "train"),)
-        x.grad = None
         y = layer(x, training=True)
         y.backward(dy)
-        return y.detach(), x.grad
+        dx, x.grad = x.grad, None  # held on to, it would count as there before the next call
+        return y.detach(), dx
 
     def call(layer: Any) -> tuple[Any, ...]:
         found = run(layer)

@@ -109,11 +109,11 @@ def _run(layer: Any, mode: Mode, x: Any, dy: Any, *weights: Any) -> Callable[[],
             return (layer(x, *weights),)
 
     def both() -> tuple[Any, ...]:
-        x.grad = None
         layer.zero_grad()
         y = layer(x, *weights)
         y.backward(dy)
-        return y, x.grad
+        dx, x.grad = x.grad, None  # held on to, it would count as there before the next call
+        return y, dx
 
     return both if mode == "grad" else forward
 
