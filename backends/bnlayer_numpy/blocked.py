@@ -26,6 +26,7 @@ import numpy as np
 
 from bnlayer.spec import BatchNormSpec
 
+from . import at_once
 from .cache import Cache, NDArray, Part, PartGradients, Scaling
 from .layout import ALL, BLOCK_BYTES, Cut, Layout, Panel, fitted, joined, long_rows, over, panels, put, side_by_side
 from .sums import Sum, total
@@ -90,9 +91,15 @@ def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
         offset += _flat(part.d) if cache.gamma is None else _flat(part.d) * cache.gamma
     if cache.beta is not None:
         offset += cache.beta
+    rows = at_once.rows_of(arithmetic, view, target) if shift is None else None
+    if rows is not None:
+        np.multiply(rows[0], scale.astype(arithmetic), out=rows[1])
+        np.add(rows[1], offset.astype(arithmetic), out=rows[1])
+        put(target, y[part.rows])
+        return True
     side = side_by_side(view, target)
     view, target = long_rows(view, side), long_rows(target, side)
-    cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None)
+    cut = _cut(view, shift, arithmetic)
     values = _Values((shift, scale, offset), arithmetic, side, cut)
     over(cut, partial(_normalized, view, target, values, arithmetic), backward=True)
     put(target, y[part.rows])
@@ -126,7 +133,7 @@ def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) ->
     if cache.layout is None or scaling is None or scale is None:
         return None
     view, dy, target = joined(x[part.rows]), joined(dy[part.rows]), joined(dx[part.rows])
-    cut = panels(view.shape, arithmetic.itemsize, shifted=scaling.shift is not None)
+    cut = _cut(view, scaling.shift, arithmetic)
     s1, s2 = _gradient_sums(view, dy, cut, scaling, arithmetic)
     if not s1.dot(s1) + s2.dot(s2) <= LARGEST_SCALE**2:
         return None
@@ -153,7 +160,12 @@ def _gradient_sums(
     view: NDArray, dy: NDArray, cut: tuple[Panel, ...], scaling: Scaling, arithmetic: np.dtype[Any]
 ) -> tuple[NDArray, NDArray]:
     """sum(dy) and sum(dy xhat)."""
-    s1, products = _totals(over(cut, partial(_panel_gradient_sums, view, dy, scaling.shift, arithmetic)))
+    rows = at_once.rows_of(arithmetic, view, dy) if scaling.shift is None else None
+    if rows is None:
+        s1, products = _totals(over(cut, partial(_panel_gradient_sums, view, dy, scaling.shift, arithmetic)))
+    else:
+        x, g = rows
+        s1, products = at_once.total(g), at_once.total(g * x)
     return s1, (products - scaling.rest * s1) * scaling.rstd
 
 
@@ -188,9 +200,17 @@ def _projected(
     constant: NDArray, scale: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any],
 ) -> bool:  # fmt: skip
     """dx = scale (dy - w (constant + (x - shift) slope)); False where what lies under a mask has spoilt it."""
+    rows = at_once.rows_of(arithmetic, view, dy, target) if shift is None and weights is None else None
+    if rows is not None:
+        x, g, result = rows
+        np.multiply(x, slope.astype(arithmetic), out=result)
+        np.subtract(g, result, out=result)
+        np.subtract(result, constant.astype(arithmetic), out=result)
+        np.multiply(result, scale.astype(arithmetic), out=result)
+        return True
     side = side_by_side(view, dy, target) if weights is None else 1
     view, dy, target = long_rows(view, side), long_rows(dy, side), long_rows(target, side)
-    cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None)
+    cut = _cut(view, shift, arithmetic)
     values = _Values((shift, slope, constant, scale), arithmetic, side, cut)
     work = partial(_panel_projected, view, dy, target, values, weights, arithmetic)
     return all(all(found) for found in over(cut, work, backward=True))
@@ -259,8 +279,13 @@ def _moments(
     view: NDArray, shift: NDArray | None, weights: NDArray | None, spec: BatchNormSpec, arithmetic: np.dtype[Any]
 ) -> tuple[NDArray, NDArray, Scaling] | None:
     """`moments` with this shift."""
-    cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None)
-    sums, squares = _totals(over(cut, partial(_panel_moments, view, shift, weights, arithmetic)))
+    rows = at_once.rows_of(arithmetic, view) if shift is None else None
+    if rows is None:
+        cut = _cut(view, shift, arithmetic)
+        sums, squares = _totals(over(cut, partial(_panel_moments, view, shift, weights, arithmetic)))
+    else:
+        (x,) = rows
+        sums, squares = at_once.total(x, weights), at_once.total(x * x, weights)
     p = view.shape[2] / view.size if weights is None else 1.0
     rest = sums * p
     square = rest * rest
@@ -338,6 +363,11 @@ def _positions(weights: Weights, layout: Layout, view: NDArray, arithmetic: np.d
     n, a, _, b = view.shape
     rows = n * a // layout.shape[1]
     return layout.positions(weights.proportions, rows, arithmetic).reshape(n, a, 1, b)
+
+
+def _cut(view: NDArray, shift: NDArray | None, arithmetic: np.dtype[Any]) -> tuple[Panel, ...]:
+    apart = not view.flags.c_contiguous
+    return panels(view.shape, arithmetic.itemsize, shifted=shift is not None, apart=apart)
 
 
 def _flat(values: NDArray | float) -> NDArray | float:

@@ -10,6 +10,7 @@ import numpy as np
 from bnlayer.call import CallPlan
 from bnlayer.spec import BatchNormSpec
 
+from .abreast import Abreast
 from .layout import Layout
 from .weights import Weights, is_real
 
@@ -64,7 +65,7 @@ class Cache:
         parts: one for each set of statistics.
         plan, spec: of the call.
         layout: how x lies in memory; None where the definition computes all of the call.
-        ghosts: so many ghost batches are side by side in x, the parameters, the parts and the spec (see `abreast`).
+        abreast: how ghost batches are side by side in x, the parameters, the parts and the spec; None: they are not.
     """
 
     x: NDArray
@@ -76,13 +77,12 @@ class Cache:
     plan: CallPlan
     spec: BatchNormSpec
     layout: Layout | None
-    ghosts: int = 1
+    abreast: Abreast | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of x as it was given."""
-        n, c, *rest = self.x.shape
-        return self.x.shape if self.ghosts == 1 else (n * self.ghosts, c // self.ghosts, *rest)
+        return self.x.shape if self.abreast is None else self.abreast.shape
 
     @property
     def weights_are_real(self) -> bool:

@@ -15,7 +15,7 @@ from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, array_dtype
 
 from . import blocked, definition
-from .abreast import ghosts_abreast, narrowed, widened
+from .abreast import entering, ghosts_abreast, wide_call
 from .averages import updated
 from .cache import Cache, Gradients, NDArray, Part, PartGradients
 from .layout import BLOCK_BYTES, Layout, layout_of
@@ -101,13 +101,15 @@ def batch_norm_forward(
     )
     if plan.synchronized:  # the count of all replicas, and this is all of them
         refuse_single_value(spec, plan.count, f"batch; got x with shape {x.shape}")
-    ghosts = ghosts_abreast(x, spec, plan) if weights is None and adjustment is None else 0
-    if ghosts:
-        wide = widened(x, state, spec, ghosts)
+    abreast = ghosts_abreast(x, spec, plan) if weights is None and adjustment is None else None
+    if abreast is not None:
+        wide = wide_call(x, state, spec, abreast)
         y, _, cache = batch_norm_forward(*wide, training=True, update_stats=False, renorm_clips=renorm_clips)
-        with np.errstate(all="ignore"):
-            after = updated(state, narrowed(cache, ghosts, plan), spec, plan) if plan.update else state
-        return y.reshape(x.shape), after, replace(cache, ghosts=ghosts)
+        if plan.update:
+            (part,) = cache.parts
+            with np.errstate(all="ignore"):
+                state = updated(state, entering(part.mean, part.variance, abreast, plan), spec, plan)
+        return abreast.narrowed(y), state, replace(cache, abreast=abreast)
     able = ("definition",) if (adjustment is not None and training) or x.size == 0 else ("blocked", "definition")
     layout = layout_of(x, plan.axis) if PATHS.chosen(able[0], able) == "blocked" else None
     with np.errstate(all="ignore"):  # NaN, Inf and overflow travel into the results; the spec says what they do there
@@ -144,7 +146,8 @@ def batch_norm_backward(dy: NDArray, cache: Cache) -> Gradients:
     dy = np.asarray(dy)
     if dy.shape != cache.shape:
         raise InputError(f"dy must have y's shape {cache.shape}; got {dy.shape}.")
-    dy = dy.reshape(x.shape)
+    abreast = cache.abreast
+    dy = dy if abreast is None else abreast.widened(dy)
     dx = _empty(x, layout)
     dgamma, dbeta = np.zeros(spec.num_features), np.zeros(spec.num_features)
     dweights = np.zeros(_shape_of_weights(plan)) if cache.weights_are_real else None
@@ -162,10 +165,12 @@ def batch_norm_backward(dy: NDArray, cache: Cache) -> Gradients:
             dbeta += found.dbeta
             if dweights is not None and found.dweights is not None:
                 of_rows(dweights, part.rows)[...] += found.dweights
+    if abreast is not None:
+        dx, dgamma, dbeta = abreast.narrowed(dx), abreast.added(dgamma), abreast.added(dbeta)
     return Gradients(
-        dx=dx.reshape(cache.shape),
-        dgamma=dgamma.reshape(cache.ghosts, -1).sum(0).astype(array_dtype(spec, "gamma")) if spec.scale else None,
-        dbeta=dbeta.reshape(cache.ghosts, -1).sum(0).astype(array_dtype(spec, "beta")) if spec.center else None,
+        dx=dx,
+        dgamma=dgamma.astype(array_dtype(spec, "gamma")) if spec.scale else None,
+        dbeta=dbeta.astype(array_dtype(spec, "beta")) if spec.center else None,
         dweights=None if dweights is None or cache.weights is None
         else dweights.reshape(cache.weights.shape).astype(cache.weights.dtype),
     )  # fmt: skip

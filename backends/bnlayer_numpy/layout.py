@@ -28,6 +28,8 @@ Cut = tuple[slice, slice, slice, slice]
 BLOCK_BYTES: Final = 2**18
 SHARED_BLOCK_BYTES: Final = 2**19
 SMALL_AGAINST_RESULT: Final = 12
+# A row that is not adjacent to the next one is a block from this size on; of smaller ones several are copied to be one.
+LEAST_BLOCK_BYTES: Final = 2**16
 # From this number of blocks on, per-channel values are written out to a block's size once, so that every operation runs
 # over plain memory: without broadcasting it takes about half as long.
 SPREAD_FROM: Final = 3
@@ -143,7 +145,9 @@ def joined(view: NDArray) -> NDArray:
 def side_by_side(*views: NDArray) -> int:
     """How many positions of `joined` views of one shape make one long row; 1 where they cannot. See `Panel.spread`."""
     n, a, c, b = views[0].shape
-    return _positions(n, c) if a == b == 1 and all(view.flags.c_contiguous for view in views) else 1
+    if b != 1 or not all((view if a == 1 else view[0]).flags.c_contiguous for view in views):
+        return 1
+    return _positions(n, c) if a == 1 else _divisor(a, c)
 
 
 @lru_cache(maxsize=256)
@@ -155,10 +159,20 @@ def _positions(n: int, channels: int) -> int:
     return positions if n % positions == 0 and n >= 8 * positions else 1
 
 
+@lru_cache(maxsize=256)
+def _divisor(positions: int, channels: int) -> int:
+    """The most of one row's positions that make no row of more than twice the length that is long."""
+    most = min(positions, 2 * LONG // channels)
+    return next((k for k in range(most, 1, -1) if positions % k == 0), 1)
+
+
 def long_rows(view: NDArray, positions: int) -> NDArray:
     """So many positions of the view as one, with the channels of all of them."""
-    n, _, c, _ = view.shape
-    return view if positions == 1 else view.reshape(n // positions, 1, positions * c, 1)
+    n, a, c, _ = view.shape
+    if positions == 1:
+        return view
+    shape = (n // positions, 1) if a == 1 else (n, a // positions)
+    return view.reshape(*shape, positions * c, 1)
 
 
 def put(target: NDArray, view: NDArray) -> None:
@@ -168,16 +182,16 @@ def put(target: NDArray, view: NDArray) -> None:
 
 
 @lru_cache(maxsize=256)
-def panels(shape: tuple[int, int, int, int], itemsize: int, *, shifted: bool) -> tuple[Panel, ...]:
+def panels(shape: tuple[int, int, int, int], itemsize: int, *, shifted: bool, apart: bool = False) -> tuple[Panel, ...]:
     """The blocks of a `joined` view of this shape, computed in numbers of this size; each block is adjacent in memory,
-    as far as its rows are."""
+    as far as its rows are. `apart`: they are not, but where they are long a block is one row, which is."""
     n, a, c, b = shape
     spread = SHARED_BLOCK_BYTES * (3 if shifted else 2)
     large = cores() > 1 and prod(shape) * itemsize >= SMALL_AGAINST_RESULT * spread
     most = (SHARED_BLOCK_BYTES if large else BLOCK_BYTES) // itemsize
     if c * b <= most:
         if a * c * b <= most:
-            rows = _foldable(most // (a * c * b), c)
+            rows = 1 if apart and a * c * b * itemsize >= LEAST_BLOCK_BYTES else _foldable(most // (a * c * b), c)
             cuts = tuple((part, ALL, ALL, ALL) for part in _steps(n, rows))
             return (Panel(ALL, (min(rows, n), a, c, b), cuts),)
         rows = _foldable(most // (c * b), c)

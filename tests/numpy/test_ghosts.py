@@ -22,6 +22,19 @@ def drawn(shape: tuple[int, ...], spec: BatchNormSpec, dtype: str) -> tuple[Any,
     return x, random.normal(size=shape).astype(dtype), state.replace(**values)
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many ghosts were read side by side, call by call."""
+    found: list[int] = []
+
+    def wide_call(*of: Any) -> Any:
+        found.append(of[-1].ghosts)
+        return abreast.wide_call(*of)
+
+    monkeypatch.setattr(function, "wide_call", wide_call)
+    return found
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("layout", ["strided", "consecutive"])
 @pytest.mark.parametrize("renorm", [None, Renorm(r_max=1.5, r_min=0.7, d_max=0.5)], ids=["plain", "renorm"])
@@ -62,14 +75,16 @@ def test_a_ghost_batch_is_a_batch(shape: tuple[int, ...], layout: Any, renorm: R
     np.testing.assert_allclose(after.moving_mean, mean, rtol=1e-5)
 
 
-def test_strided_ghosts_of_adjacent_rows_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = []
+def test_small_consecutive_ghosts_are_brought_side_by_side(read: list[int]) -> None:
+    for rows, size, ghosts in ((24, 6, [4]), (12, 5, []), (2**15, 2**13, [])):  # the second not of one size: 5, 5, 2
+        spec = BatchNormSpec(5, axis=1, virtual_batch_size=size, virtual_batch_layout="consecutive")
+        x, _, state = drawn((rows, 5), spec, "float32")
+        batch_norm_forward(x, state, spec, training=True)
+        assert read == ghosts
+        read.clear()
 
-    def widened(*of: Any) -> Any:
-        read.append(of[-1])
-        return abreast.widened(*of)
 
-    monkeypatch.setattr(function, "widened", widened)
+def test_strided_ghosts_of_adjacent_rows_are_read_side_by_side(read: list[int]) -> None:
     spec = BatchNormSpec(5, axis=1, virtual_batch_size=6)
     x, dy, state = drawn((24, 5, 4, 3), spec, "float32")
     batch_norm_forward(x, state, spec, training=True)
