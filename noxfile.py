@@ -12,6 +12,7 @@ from shutil import rmtree
 from subprocess import STDOUT
 from tempfile import TemporaryFile
 from threading import Lock
+from time import monotonic
 
 import nox
 
@@ -182,6 +183,7 @@ def run_all(session: nox.Session, commands: list[Command], *, lanes: int = 1) ->
     def run(command: Command) -> str | None:
         environment, arguments = command
         shown = " ".join([*(f"{name}={value}" for name, value in environment.items()), *arguments])
+        begun = monotonic()
         with TemporaryFile("w+") as output:
             try:
                 session.run(*arguments, env=environment, stdout=output if lanes > 1 else None, stderr=STDOUT)
@@ -190,7 +192,7 @@ def run_all(session: nox.Session, commands: list[Command], *, lanes: int = 1) ->
             finally:
                 output.seek(0)
                 with SHOWING:
-                    print(f"----- {shown}", output.read(), sep="\n", flush=True)
+                    print(f"----- {monotonic() - begun:.0f} s: {shown}", output.read(), sep="\n", flush=True)
         return None
 
     with ThreadPoolExecutor(lanes) as pool:
