@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any, Final
 
 import numpy as np
@@ -61,9 +62,10 @@ def moments(
     dtype, view = np.dtype(arithmetic), joined(rows)
     at = None if weights is None else _positions(weights, layout, view, dtype)
     shift = None if view.nbytes <= BLOCK_BYTES else _shift(view, at, dtype, always=False)
-    found = _moments(view, shift, at, spec, dtype)
+    whole = prod(layout.shape)
+    found = _moments(view, shift, at, spec, dtype, whole)
     if found is None and shift is None:
-        found = _moments(view, _shift(view, at, dtype, always=True), at, spec, dtype)
+        found = _moments(view, _shift(view, at, dtype, always=True), at, spec, dtype, whole)
     return found
 
 
@@ -99,7 +101,7 @@ def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
         return True
     side = side_by_side(view, target)
     view, target = long_rows(view, side), long_rows(target, side)
-    cut = _cut(view, shift, arithmetic)
+    cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None, whole=cache.x.size)
     values = _Values((shift, scale, offset), arithmetic, side, cut)
     over(cut, partial(_normalized, view, target, values, arithmetic), backward=True)
     put(target, y[part.rows])
@@ -133,11 +135,11 @@ def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) ->
     if cache.layout is None or scaling is None or scale is None:
         return None
     view, dy, target = joined(x[part.rows]), joined(dy[part.rows]), joined(dx[part.rows])
-    cut = _cut(view, scaling.shift, arithmetic)
+    cut = panels(view.shape, arithmetic.itemsize, shifted=scaling.shift is not None, whole=x.size)
     s1, s2 = _gradient_sums(view, dy, cut, scaling, arithmetic)
     if not s1.dot(s1) + s2.dot(s2) <= LARGEST_SCALE**2:
         return None
-    dgamma, dweights = s2 * _flat(part.r) + s1 * _flat(part.d), None
+    dgamma, dweights = s2 if cache.spec.renorm is None else s2 * _flat(part.r) + s1 * _flat(part.d), None
     if part.proportions is None:
         _scaled(dy, target, cut, scale, arithmetic)
         put(target, dx[part.rows])
@@ -145,7 +147,7 @@ def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) ->
     at = None if part.weights is None else _positions(part.weights, cache.layout, view, arithmetic)
     p = part.proportions if part.weights is None else 1.0
     slope, constant = p * scaling.rstd * s2, p * (s1 - scaling.rest * scaling.rstd * s2)
-    if not _projected(view, dy, target, scaling.shift, slope, constant, scale, at, arithmetic):
+    if not _projected(view, dy, target, scaling.shift, slope, constant, scale, at, arithmetic, x.size):
         return None
     put(target, dx[part.rows])
     if part.weights is not None and cache.weights_are_real:
@@ -197,7 +199,7 @@ def _scaled(dy: NDArray, target: NDArray, cut: tuple[Panel, ...], scale: NDArray
 
 def _projected(
     view: NDArray, dy: NDArray, target: NDArray, shift: NDArray | None, slope: NDArray,
-    constant: NDArray, scale: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any],
+    constant: NDArray, scale: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any], whole: int,
 ) -> bool:  # fmt: skip
     """dx = scale (dy - w (constant + (x - shift) slope)); False where what lies under a mask has spoilt it."""
     rows = at_once.rows_of(arithmetic, view, dy, target) if shift is None and weights is None else None
@@ -210,7 +212,7 @@ def _projected(
         return True
     side = side_by_side(view, dy, target) if weights is None else 1
     view, dy, target = long_rows(view, side), long_rows(dy, side), long_rows(target, side)
-    cut = _cut(view, shift, arithmetic)
+    cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None, whole=whole)
     values = _Values((shift, slope, constant, scale), arithmetic, side, cut)
     work = partial(_panel_projected, view, dy, target, values, weights, arithmetic)
     return all(all(found) for found in over(cut, work, backward=True))
@@ -276,12 +278,13 @@ def _over_channels(block: NDArray, values: NDArray) -> NDArray:
 
 
 def _moments(
-    view: NDArray, shift: NDArray | None, weights: NDArray | None, spec: BatchNormSpec, arithmetic: np.dtype[Any]
-) -> tuple[NDArray, NDArray, Scaling] | None:
-    """`moments` with this shift."""
+    view: NDArray, shift: NDArray | None, weights: NDArray | None, spec: BatchNormSpec, arithmetic: np.dtype[Any],
+    whole: int,
+) -> tuple[NDArray, NDArray, Scaling] | None:  # fmt: skip
+    """`moments` with this shift; `whole`: numbers in the batch, of which this may be a part."""
     rows = at_once.rows_of(arithmetic, view) if shift is None else None
     if rows is None:
-        cut = _cut(view, shift, arithmetic)
+        cut = panels(view.shape, arithmetic.itemsize, shifted=shift is not None, whole=whole)
         sums, squares = _totals(over(cut, partial(_panel_moments, view, shift, weights, arithmetic)))
     else:
         (x,) = rows
@@ -363,11 +366,6 @@ def _positions(weights: Weights, layout: Layout, view: NDArray, arithmetic: np.d
     n, a, _, b = view.shape
     rows = n * a // layout.shape[1]
     return layout.positions(weights.proportions, rows, arithmetic).reshape(n, a, 1, b)
-
-
-def _cut(view: NDArray, shift: NDArray | None, arithmetic: np.dtype[Any]) -> tuple[Panel, ...]:
-    apart = not view.flags.c_contiguous
-    return panels(view.shape, arithmetic.itemsize, shifted=shift is not None, apart=apart)
 
 
 def _flat(values: NDArray | float) -> NDArray | float:

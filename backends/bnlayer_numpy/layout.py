@@ -28,8 +28,6 @@ Cut = tuple[slice, slice, slice, slice]
 BLOCK_BYTES: Final = 2**18
 SHARED_BLOCK_BYTES: Final = 2**19
 SMALL_AGAINST_RESULT: Final = 12
-# A row that is not adjacent to the next one is a block from this size on; of smaller ones several are copied to be one.
-LEAST_BLOCK_BYTES: Final = 2**16
 # From this number of blocks on, per-channel values are written out to a block's size once, so that every operation runs
 # over plain memory: without broadcasting it takes about half as long.
 SPREAD_FROM: Final = 3
@@ -182,16 +180,16 @@ def put(target: NDArray, view: NDArray) -> None:
 
 
 @lru_cache(maxsize=256)
-def panels(shape: tuple[int, int, int, int], itemsize: int, *, shifted: bool, apart: bool = False) -> tuple[Panel, ...]:
+def panels(shape: tuple[int, int, int, int], itemsize: int, *, shifted: bool, whole: int = 0) -> tuple[Panel, ...]:
     """The blocks of a `joined` view of this shape, computed in numbers of this size; each block is adjacent in memory,
-    as far as its rows are. `apart`: they are not, but where they are long a block is one row, which is."""
+    as far as its rows are. `whole`: numbers in the batch, where the view is a part of it."""
     n, a, c, b = shape
     spread = SHARED_BLOCK_BYTES * (3 if shifted else 2)
-    large = cores() > 1 and prod(shape) * itemsize >= SMALL_AGAINST_RESULT * spread
+    large = cores() > 1 and max(prod(shape), whole) * itemsize >= SMALL_AGAINST_RESULT * spread
     most = (SHARED_BLOCK_BYTES if large else BLOCK_BYTES) // itemsize
     if c * b <= most:
         if a * c * b <= most:
-            rows = 1 if apart and a * c * b * itemsize >= LEAST_BLOCK_BYTES else _foldable(most // (a * c * b), c)
+            rows = _foldable(most // (a * c * b), c)
             cuts = tuple((part, ALL, ALL, ALL) for part in _steps(n, rows))
             return (Panel(ALL, (min(rows, n), a, c, b), cuts),)
         rows = _foldable(most // (c * b), c)
