@@ -57,7 +57,9 @@ def _torch_pair(device: str, mode: Mode, layout: str, shape: Shape, dtype: str, 
     layers = [_layer(package, mode, shape, device) for package in (bnlayer_torch, torch.nn)]
     if compiled:
         layers = [torch.compile(layer) for layer in layers]
-    runs = [_run(layer, mode, *_tensors(device, mode, layout, data(shape, mean=mean), dtype)) for layer in layers]
+    # The same tensors for both: where in memory they lie, and in pages of which size, may be worth more than a bar.
+    tensors = _tensors(device, mode, layout, data(shape, mean=mean), dtype)
+    runs = [_run(layer, mode, *tensors) for layer in layers]
     # At a mean of 1e3 roundings of x itself are 1e-4, and torch's kernel adds up some of them.
     tolerance = 2e-2 if dtype == "bfloat16" else 5e-2 if mean == 1e3 else 1e-4
     return _pair(runs, lambda: tuple(_arrays(run()) for run in runs), tolerance, device)

@@ -185,10 +185,16 @@ def pieces_of(x: Tensor, ghosts: Ghosts) -> Pieces | None:
 
 def averaged(means: Tensor, variances: Tensor, pieces: Pieces) -> Moments:
     """What enters the averages for pieces with these statistics, (G, C): their means by shares of the batch."""
-    counts = pieces.counts.to(means.dtype)
-    shares = counts / counts.sum()
+    counts = pieces.counts
+    if pieces.even:
+        variance = variances.mean(0)
+        return Moments(means.mean(0), variance, variance * (counts[0] / (counts[0] - 1)))
+    by_ghost = means.new_tensor(counts).unsqueeze(1)
+    shares = by_ghost / by_ghost.sum()
     return Moments(
-        (shares * means).sum(0), (shares * variances).sum(0), (shares * (counts / (counts - 1.0)) * variances).sum(0)
+        (shares * means).sum(0),
+        (shares * variances).sum(0),
+        (shares * (by_ghost / (by_ghost - 1.0)) * variances).sum(0),
     )
 
 

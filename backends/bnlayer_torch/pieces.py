@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .fused import LEAST_EPSILON, RATIO_CHECKED
-from .orders import Order
-from .sums import measured_in_rows
+from .orders import Order, in_blocks
+from .sums import measured_by_samples, measured_in_rows, products_by_samples
 from .surroundings import are_many
 
 
@@ -61,11 +61,31 @@ class Pieces:
             joined = torch.cat(list(parts))
         return self.order.split(joined.reshape(self.order.merged), self.shape)
 
+    def samples(self, x: Tensor) -> Tensor:
+        """A tensor of x's shape with its positions in one axis: (N, L, C), or (N, C, L)."""
+        lengths = (self.shape[0], -1) if self.order.innermost else (self.shape[0],)
+        return self.order.merge(x).view(*lengths, *self.order.merged[1:])
+
+    def grid(self, x: Tensor) -> Tensor:
+        """The samples of a tensor whose ghost batches are strided, by these: (N/G, G, L, C) or (N/G, G, C, L)."""
+        samples = self.samples(x)
+        return samples.view(self.sizes[0], len(self.sizes), *samples.shape[1:])
+
     @property
-    def counts(self) -> Tensor:
-        """Elements a channel of each ghost batch, (G, 1)."""
+    def positions(self) -> int:
+        """The axis of the positions in `samples`."""
+        return 1 if self.order.innermost else 2
+
+    @property
+    def even(self) -> bool:
+        """Whether all ghost batches have as many rows."""
+        return self.strided or len(set(self.sizes)) == 1
+
+    @property
+    def counts(self) -> list[int]:
+        """Elements a channel of each ghost batch."""
         row = math.prod(self.order.merged) // (self.order.merged[1] * self.shape[0])
-        return torch.tensor([[rows * row] for rows in self.sizes], dtype=torch.float64)
+        return [rows * row for rows in self.sizes]
 
 
 def by_pieces(
@@ -83,32 +103,30 @@ def by_pieces(
     """
     if epsilon < LEAST_EPSILON or x.dtype is not torch.float32:
         return None
-    number = len(pieces.sizes)
+    number, counts = len(pieces.sizes), pieces.counts
     gammas, betas = (None if t is None else t.expand(number, -1) for t in (gamma, beta))
-    if not pieces.order.innermost:
-        if pieces.strided or len(set(pieces.sizes)) > 1:
+    if pieces.strided or not pieces.order.innermost:
+        if pieces.strided:
+            found = measured_by_samples(pieces.samples(x.detach()), pieces.positions, number, counts[0])
+        elif pieces.even:
+            rows = pieces.order.merge(x.detach()).view(number, -1, *pieces.order.merged[1:])
+            found = measured_in_rows(rows.transpose(0, 1), counts[0])
+        else:
             return None
-        rows = pieces.order.merge(x.detach()).view(number, -1, *pieces.order.merged[1:])
-        found = measured_in_rows(rows.transpose(0, 1), x.numel() // (number * x.shape[pieces.order.axis]))
-        if found is None:
-            return None
-        return by_known_pieces(x, pieces, gammas, betas, *found, epsilon), *found
+        return None if found is None else (by_known_pieces(x, pieces, gammas, betas, *found, epsilon), *found)
     y = torch.empty_like(x)
-    moments = x.new_zeros(2, number, pieces.order.merged[1])
-    saved = torch.empty_like(moments)
+    moments = x.new_zeros(4, number, pieces.order.merged[1])
+    means, variances, saved, rstds = moments.unbind()
     with torch.no_grad():
-        for g, (target, part) in enumerate(zip(pieces.places(y), pieces.one_by_one(x.detach()), strict=True)):
-            out = part if pieces.strided else target.view(part.shape)
-            torch.native_batch_norm(
-                part, gamma, beta, moments[0, g], moments[1, g], True, 1.0, epsilon, out=(out, saved[0, g], saved[1, g])
-            )
-            if pieces.strided:
-                target.copy_(out.view(target.shape))
-    counts = pieces.counts
-    means, variances = moments[0], moments[1].mul_((counts - 1.0).div_(counts))
+        for target, part, *its in zip(pieces.cut(y), pieces.cut(x.detach()), *(t.unbind() for t in moments), strict=True):
+            its_mean, its_variance, its_saved, its_rstd = its
+            out = target, its_saved, its_rstd
+            torch.native_batch_norm(part, gamma, beta, its_mean, its_variance, True, 1.0, epsilon, out=out)
+    biased = [(count - 1) / count for count in counts]
+    variances.mul_(biased[0] if pieces.even else variances.new_tensor(biased).unsqueeze(1))
     if not torch.square(means).sub_(variances, alpha=RATIO_CHECKED).max().item() <= 0:
         return None
-    return _with_gradients(x, pieces, gammas, betas, y, means, saved[1], epsilon), means, variances
+    return _with_gradients(x, pieces, gammas, betas, y, means, rstds, epsilon), means, variances
 
 
 def by_known_pieces(
@@ -130,19 +148,18 @@ def by_known_pieces(
         epsilon: above 0.
     """
     y, unused = torch.empty_like(x), x.new_empty(0)
-    each = zip(
-        pieces.places(y), pieces.one_by_one(x.detach()), _each(gammas, pieces), _each(betas, pieces), means, variances,
-        strict=True,
-    )  # fmt: skip
-    with torch.no_grad():
-        for target, part, gamma, beta, mean, variance in each:
-            if pieces.strided:
-                its_y = torch.batch_norm(part, gamma, beta, mean, variance, False, 0.0, epsilon, False)
-                target.copy_(its_y.view(target.shape))
-            else:
-                out = target.view(part.shape), unused, unused
-                torch.native_batch_norm(part, gamma, beta, mean, variance, False, 0.0, epsilon, out=out)
     rstds = torch.rsqrt(variances.double() + epsilon).to(x.dtype)
+    with torch.no_grad():
+        if pieces.strided:
+            scales = rstds if gammas is None else rstds * gammas
+            offsets = -means * scales if betas is None else torch.addcmul(betas, means, scales, value=-1.0)
+            scales, offsets = (t.unsqueeze(pieces.positions) for t in (scales, offsets))
+            torch.addcmul(offsets, pieces.grid(x.detach()), scales, out=pieces.grid(y))
+        else:
+            cut = pieces.cut(y), pieces.cut(x.detach()), _each(gammas, pieces), _each(betas, pieces), means, variances
+            for target, part, gamma, beta, mean, variance in zip(*cut, strict=True):
+                out = target, unused, unused
+                torch.native_batch_norm(part, gamma, beta, mean, variance, False, 0.0, epsilon, out=out)
     return _with_gradients(x, pieces, gammas, betas, y, means, rstds, epsilon)
 
 
@@ -186,23 +203,21 @@ class _ByPieces(Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, gammas, means, rstds = ctx.saved_tensors
         pieces, needs = ctx.pieces, ctx.needs_input_grad[:3]
-        dx, targets = None, [None] * len(pieces.sizes)
-        if torch.is_grad_enabled() or are_many(gradients[0]):
-            dys, parts = pieces.cut(gradients[0]), pieces.cut(x)
-        else:
-            dys, parts = pieces.one_by_one(gradients[0]), pieces.one_by_one(x)
+        dx: Tensor | None = None
+        if not (torch.is_grad_enabled() or are_many(gradients[0])):
+            if pieces.strided:
+                return *_strided_gradients(pieces, x, gradients[0], gammas, means, rstds, needs), *[None] * 5
             if needs[0]:
                 dx = torch.empty_like(x)
-                targets = pieces.places(dx)
+        targets = [None] * len(pieces.sizes) if dx is None else pieces.cut(dx)
+        cut = pieces.cut(gradients[0]), pieces.cut(x), _each(gammas, pieces), means, rstds, targets
         found = []
-        for dy, part, gamma, mean, rstd, target in zip(
-            dys, parts, _each(gammas, pieces), means, rstds, targets, strict=True
-        ):
+        for dy, part, gamma, mean, rstd, target in zip(*cut, strict=True):
             # The kernel has a derivative of its own, for a second order: it knows that m and v come from x.
             its_dx, *rest = torch.ops.aten.native_batch_norm_backward(
                 dy, part, gamma, None, None, mean, rstd, True, ctx.epsilon, needs
             )
-            found.append((its_dx if target is None else target.copy_(its_dx.view(target.shape)), *rest))
+            found.append((its_dx if target is None else target.copy_(its_dx), *rest))
         dxs, dgammas, dbetas = zip(*found, strict=True)
         if dx is None and needs[0]:
             dx = pieces.join(dxs)
@@ -212,6 +227,32 @@ class _ByPieces(Function):
             torch.stack(dbetas) if needs[2] else None,
             None, None, None, None, None,
         )  # fmt: skip
+
+
+
+def _strided_gradients(
+    pieces: Pieces,
+    x: Tensor,
+    dy: Tensor,
+    gammas: Tensor | None,
+    means: Tensor,
+    rstds: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """gamma/sd (dy - (S1 + xhat S2)/n), S2 and S1, for S1 = sum dy and S2 = sum dy xhat of each ghost batch."""
+    axis, count = pieces.positions, pieces.counts[0]
+    total, products = products_by_samples(pieces.samples(x), pieces.samples(dy), means, axis)
+    dgammas, scales = products * rstds, rstds if gammas is None else rstds * gammas
+    dx = None
+    if needs[0]:
+        slopes = dgammas * rstds * scales / -count
+        offsets = total * scales / -count - slopes * means
+        scales, slopes, offsets = (t.to(x.dtype).unsqueeze(axis) for t in (scales, slopes, offsets))
+        dx = torch.empty_like(x)
+        for target, its_x, its_dy in zip(*(in_blocks(pieces.grid(t)) for t in (dx, x, dy)), strict=True):
+            torch.addcmul(offsets, its_x, slopes, out=target)
+            torch.addcmul(target, its_dy, scales, out=target)
+    return dx, dgammas.to(x.dtype) if needs[1] else None, total.to(x.dtype) if needs[2] else None
 
 
 _by_pieces: Final[Callable[..., Tensor]] = _ByPieces.apply
