@@ -136,7 +136,7 @@ def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) ->
         return None
     view, dy, target = joined(x[part.rows]), joined(dy[part.rows]), joined(dx[part.rows])
     cut = panels(view.shape, arithmetic.itemsize, shifted=scaling.shift is not None, whole=x.size)
-    s1, s2 = _gradient_sums(view, dy, cut, scaling, arithmetic)
+    s1, s2 = _gradient_sums(view, dy, target, cut, scaling, arithmetic)
     if not s1.dot(s1) + s2.dot(s2) <= LARGEST_SCALE**2:
         return None
     dgamma, dweights = s2 if cache.spec.renorm is None else s2 * _flat(part.r) + s1 * _flat(part.d), None
@@ -159,15 +159,15 @@ def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) ->
 
 
 def _gradient_sums(
-    view: NDArray, dy: NDArray, cut: tuple[Panel, ...], scaling: Scaling, arithmetic: np.dtype[Any]
+    view: NDArray, dy: NDArray, room: NDArray, cut: tuple[Panel, ...], scaling: Scaling, arithmetic: np.dtype[Any]
 ) -> tuple[NDArray, NDArray]:
-    """sum(dy) and sum(dy xhat)."""
-    rows = at_once.rows_of(arithmetic, view, dy) if scaling.shift is None else None
+    """sum(dy) and sum(dy xhat); `room`, of dy's shape, may be overwritten."""
+    rows = at_once.rows_of(arithmetic, view, dy, room) if scaling.shift is None else None
     if rows is None:
         s1, products = _totals(over(cut, partial(_panel_gradient_sums, view, dy, scaling.shift, arithmetic)))
     else:
-        x, g = rows
-        s1, products = at_once.total(g), at_once.total(g * x)
+        x, g, buffer = rows
+        s1, products = at_once.total(g), at_once.total(np.multiply(g, x, out=buffer))
     return s1, (products - scaling.rest * s1) * scaling.rstd
 
 
