@@ -10,6 +10,7 @@ from typing import Any
 from .cases import IMAGES, MODES, ROWS, Case, Mode, Pair, Shape, data, parameters
 
 _BARS = {"eval": 1.0, "train": 1.0, "grad": 0.90}
+_MOMENTUM, _EPSILON = 0.99, 1e-3  # Keras's defaults
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
@@ -21,6 +22,17 @@ def cases(device: str = "cpu") -> Iterator[Case]:
             bar = _BARS[mode] if device == "cpu" and shape != (8, 64) else None
             make = partial(_pair, runtime, device, mode, shape)
             yield Case("keras", f"keras.layers on {runtime}", mode, "float32", layout, shape, bar, make)
+    if runtime == "jax":
+        for mode in MODES:
+            yield _limit("the same again", _again, device, mode, ROWS[0])
+            yield _limit("bare operations", _bare, device, mode, ROWS[0])
+        yield _limit("the same again", _again, device, "eval", IMAGES[3])
+
+
+def _limit(what: str, make: Callable[[str, Mode, Shape], Pair], device: str, mode: Mode, shape: Shape) -> Case:
+    layout = "NHWC" if len(shape) == 4 else "NC"
+    peer = f"keras.layers on jax (not ours: {what})"
+    return Case("keras", peer, mode, "float32", layout, shape, None, partial(make, device, mode, shape))
 
 
 def _pair(runtime: str, device: str, mode: Mode, shape: Shape) -> Pair:
@@ -28,14 +40,54 @@ def _pair(runtime: str, device: str, mode: Mode, shape: Shape) -> Pair:
 
     import bnlayer_keras
 
-    layers = []
-    for kind in (bnlayer_keras.BatchNormalization, keras.layers.BatchNormalization):
-        layer = kind()
-        layer.build(shape)
-        for name, value in parameters(shape[-1]).items():
-            getattr(layer, name).assign(value)
-        layers.append(layer)
+    layers = [_layer(kind, shape) for kind in (bnlayer_keras.BatchNormalization, keras.layers.BatchNormalization)]
     return (_on_jax if runtime == "jax" else _on_torch)(layers, device, mode, shape)
+
+
+def _layer(kind: Any, shape: Shape) -> Any:
+    layer = kind()
+    layer.build(shape)
+    for name, value in parameters(shape[-1]).items():
+        getattr(layer, name).assign(value)
+    return layer
+
+
+def _again(device: str, mode: Mode, shape: Shape) -> Pair:
+    """Not ours, but Keras's layer twice: by how much the same program differs from itself."""
+    import keras
+
+    return _on_jax([_layer(keras.layers.BatchNormalization, shape) for _ in range(2)], device, mode, shape)
+
+
+def _bare(device: str, mode: Mode, shape: Shape) -> Pair:
+    """Not ours, but the operations that are left without any layer, in a step of the same arguments and results."""
+    import jax.numpy as jnp
+    import keras
+
+    from .on_jax import Repeated, flat
+
+    def step(x: Any, trained: Any, rest: Any, dy: Any) -> tuple[Any, ...]:
+        (gamma, beta), (mean, variance) = trained, rest
+        if mode == "eval":
+            return (x - mean) * (gamma / jnp.sqrt(variance + _EPSILON)) + beta, rest
+        axes = tuple(range(x.ndim - 1))
+        m = jnp.mean(x, axes)
+        v = jnp.mean(jnp.square(x - m), axes)
+        averages = [_MOMENTUM * old + (1 - _MOMENTUM) * new for old, new in ((mean, m), (variance, v))]
+        sd = jnp.sqrt(v + _EPSILON)
+        xhat = (x - m) / sd
+        y = gamma * xhat + beta
+        if mode == "train":
+            return y, averages
+        dbeta, dgamma = jnp.sum(dy, axes), jnp.sum(dy * xhat, axes)
+        n = x.size // x.shape[-1]
+        return y, gamma / sd * (dy - dbeta / n - xhat * (dgamma / n)), [dgamma, dbeta], averages
+
+    theirs, inputs = _stateless(_layer(keras.layers.BatchNormalization, shape), device, mode, shape)
+    bare = Repeated(step, inputs)
+    peer = Repeated(theirs, inputs)
+
+    return Pair(bare, peer, lambda: (flat(bare()), flat(peer())), memory=bare.memory)
 
 
 def _on_jax(layers: list[Any], device: str, mode: Mode, shape: Shape) -> Pair:

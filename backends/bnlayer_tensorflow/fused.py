@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import tensorflow as tf
 
 from . import kernel, weighted
@@ -30,15 +32,12 @@ def normalized(
         count = elements(x) // spec.num_features
         present = None if call.plan.count is not None else tf.size(x) > 0
         if spec.renorm is None:
-            y, shift, rest, variance, unbiased = kernel.by_batch(values, scale, offset, spec.epsilon, count)
-            batch = Moments(shift, rest, variance, unbiased, present)
+            y, *statistics = kernel.by_batch(values, scale, offset, spec.epsilon, count)
         else:
-            one, zero = tf.ones_like(scale), tf.zeros_like(scale)
-            y, shift, rest, variance, unbiased = kernel.by_batch(values, one, zero, spec.epsilon, count)
-            batch = Moments(shift, rest, variance, unbiased, present)
             mean, stddev = (number(each, tf.float32) for each in (state.renorm_mean, state.renorm_stddev))
-            r, d = corrections(batch, mean, stddev, spec.epsilon, call.clips)
-            y = kernel.affine(y, scale * r, scale * d + offset, zero)
+            correct = partial(corrections, mean=mean, stddev=stddev, epsilon=spec.epsilon, clips=call.clips)
+            y, *statistics = kernel.by_corrected(values, scale, offset, spec.epsilon, count, correct)
+        batch = Moments(*statistics, present)
     else:
         mean, variance = (number(moving, tf.float32) for moving in (state.moving_mean, state.moving_variance))
         y = kernel.by_given(flat, mean, variance, scale, offset, spec.epsilon)

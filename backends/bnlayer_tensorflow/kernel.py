@@ -2,8 +2,7 @@
 
 `FusedBatchNormV3` takes the mean, then the mean square of the deviations, then y, without a tensor in between. Its mean
 is off by K u sqrt(m^2 + v), as any sum is. That is as much as may be, but far from 0 it is many times what it has to
-be: so where a sample says that the mean dominates, a shift near it is subtracted first. A sample that misleads costs
-digits, and no more than that bound.
+be: so where it says itself that a mean dominates, it is called once more, of x less a shift near that mean.
 
 Where XLA compiles the operation, unseen by whoever traced it (a function inside of another one's `jit_compile`, a saved
 model), its variance is E[x^2] - E[x]^2, off by K u (m^2 + v), which is too much already at |m| = 2 sd. A probe tells;
@@ -12,17 +11,20 @@ the mean of all is subtracted there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from itertools import chain
 from typing import Any, Final
 
 import tensorflow as tf
 
 from .derivatives import Tensors, differentiable
 from .tensors import at_least_one
+from .totals import rows, total, total_of_products
 
-_ROWS: Final = 64  # of a sample, or up to twice as many
 # |m| <= 4 sd costs the mean at most 4 times the error that it has at m = 0.
 _NEAR: Final = 4.0
+_NEAR_SQUARES: Final = 2.0  # as in `sums`
 
 
 def by_batch(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, count: Any) -> tuple[tf.Tensor, ...]:
@@ -38,8 +40,8 @@ def by_batch(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, 
         y, of x's shape; shift and rest, whose sum is the mean; the biased and the unbiased variance, which are 0 of a
         single element. Only y has a gradient.
     """
-    moved, shift = _near(x, count, (0, 1, 2))
-    return _normalized(moved, tf.reshape(shift, (-1,)), scale, offset, epsilon, count)
+    y, *statistics = _by_parts(x, 1, 0, scale, offset, epsilon, count)
+    return y, *(tf.reshape(each, (-1,)) for each in statistics)
 
 
 def by_ghosts(
@@ -57,24 +59,126 @@ def by_ghosts(
     Returns:
         as `by_batch`, the statistics of shape (G, C).
     """
-    number: Any = x.shape[axis]
-    moved, shift = _near(x, count * number, tuple(i for i in range(3) if i != axis))
-    shifts = tf.unstack(tf.reshape(shift, (number, -1)))
-    parts = zip(tf.split(moved, number, axis), shifts, strict=True)
-    ys, *statistics = zip(*(_normalized(*part, scale, offset, epsilon, count) for part in parts), strict=True)
-    return tf.concat(ys, axis), *(tf.stack(each) for each in statistics)
+    return _by_parts(x, x.shape[axis], axis, scale, offset, epsilon, count)
 
 
-def _normalized(
-    x: tf.Tensor, shift: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, count: Any
+def _by_parts(
+    x: tf.Tensor, number: int, axis: int, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, count: Any
 ) -> tuple[tf.Tensor, ...]:
-    """What `by_batch` returns, of x less the shift."""
-    y, rest, unbiased, *_ = tf.raw_ops.FusedBatchNormV3(
+    """What `by_ghosts` returns, of so many equal parts on this axis."""
+
+    def apart(whole: tf.Tensor) -> list[tf.Tensor]:
+        return [whole] if number == 1 else tf.split(whole, number, axis)
+
+    def together(parts: Tensors) -> tf.Tensor:
+        return parts[0] if number == 1 else tf.concat(parts, axis)
+
+    def forward(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[Tensors, Tensors]:
+        def called(parts: Tensors) -> list[list[tf.Tensor]]:
+            return [list(_called(part, scale, offset, epsilon)) for part in parts]
+
+        given, safe = apart(x), _two_pass(x)
+        first = called(given)
+        means, variances = (tf.stack([each[i] for each in first]) for i in (1, 2))
+        near = safe & _near(means, variances)
+        parts, shifts = _moved(
+            near,
+            given,
+            lambda: [_shift(*each, safe) for each in zip(given, tf.unstack(means), tf.unstack(variances), strict=True)],
+        )
+        found = tf.cond(near, lambda: first, lambda: called(parts))
+        ys, rests, variances, *reserved = zip(*found, strict=True)
+        if not reserved:
+            reserved = [rests, [each * _freedom(count) for each in variances], [tf.zeros(0)] * number]
+        return (together(ys), *map(tf.stack, (shifts, rests, variances))), [*parts, *chain(*reserved)]
+
+    def backward(dy: tf.Tensor, kept: Tensors, *sources: tf.Tensor) -> Tensors:
+        parts, *reserved = (kept[i : i + number] for i in range(0, 4 * number, number))
+        found = [
+            _gradient(along, part, sources[1], epsilon, *rest)
+            for along, part, *rest in zip(apart(dy), parts, *reserved, strict=True)
+        ]
+        dxs, dscales, doffsets = zip(*found, strict=True)
+        return together(dxs), tf.add_n(dscales), tf.add_n(doffsets)
+
+    y, shift, rest, unbiased = differentiable(forward, backward, (x, scale, offset))
+    return y, shift, rest, unbiased * _freedom(count), unbiased
+
+
+def by_corrected(
+    x: tf.Tensor,
+    scale: tf.Tensor,
+    offset: tf.Tensor,
+    epsilon: float,
+    count: Any,
+    corrections: Callable[..., tuple[tf.Tensor, tf.Tensor]],
+) -> tuple[tf.Tensor, ...]:
+    """Normalize by the batch's statistics, and correct that: scale (xhat r + d) + offset, with r and d constant.
+
+    The statistics are known before y is, so sums take them. E[x^2] - E[x]^2 is off by K u (m^2 + v): where |m| <= 2 sd,
+    by 5 times what two passes are off by. Elsewhere the kernel takes them. Either way its gradient is that of y.
+
+    Args:
+        x: of shape (N, H, W, C), float32.
+        scale, offset: of shape (C,), float32.
+        epsilon: added to the variance.
+        count: N H W, an integer or an integer scalar.
+        corrections: of shift, rest and biased variance, each of shape (C,): r and d.
+
+    Returns:
+        as `by_batch`.
+    """
+    n = tf.cast(at_least_one(count), tf.float32)
+
+    def forward(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[Tensors, Tensors]:
+        mean = total(x) / n
+        variance = total_of_products(x, x) / n - tf.square(mean)
+        near = tf.reduce_all(tf.square(mean) <= _NEAR_SQUARES**2 * variance)
+
+        def called(x: tf.Tensor) -> list[tf.Tensor]:
+            _, mean, unbiased, *_ = _called(x, scale, offset, epsilon)
+            return [mean, unbiased * _freedom(count)]
+
+        [moved], [shift] = _moved(near, [x], lambda: [_shift(x, *called(x), _two_pass(x))])
+        rest, variance = tf.cond(near, lambda: [mean, variance], lambda: called(moved))
+        r, d = corrections(shift, rest, variance)
+        y = affine(moved, scale * r / tf.sqrt(variance + tf.constant(epsilon)), offset + scale * d, rest)
+        return (y, shift, rest, variance), (moved, rest, variance, r, d)
+
+    def backward(dy: tf.Tensor, kept: Tensors, *sources: tf.Tensor) -> Tensors:
+        moved, rest, variance, r, d = kept
+        dx, dgain, doffset = _gradient(dy, moved, sources[1] * r, epsilon, rest, variance, tf.zeros(0))
+        return dx, r * dgain + d * doffset, doffset
+
+    y, shift, rest, biased = differentiable(forward, backward, (x, scale, offset))
+    return y, shift, rest, biased, biased / _freedom(count)
+
+
+def _called(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, ...]:
+    """The kernel: y, the mean, the unbiased variance, and on a GPU the three that its gradient needs."""
+    found: tuple[tf.Tensor, ...] = tf.raw_ops.FusedBatchNormV3(
         x=x, scale=scale, offset=offset, mean=tf.zeros(0), variance=tf.zeros(0), epsilon=epsilon
     )
+    if on_cuda():
+        return found
+    # In a map over no element, as a condition's branch may be, the kernel is wrong about its results' shapes.
+    return found[0], *(tf.reshape(each, scale.shape) for each in found[1:3])
+
+
+def _gradient(dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor, epsilon: float, *reserved: tf.Tensor) -> Tensors:
+    """The kernel's gradients of x, scale and offset."""
+    one, two, three = reserved
+    found: Tensors = tf.raw_ops.FusedBatchNormGradV3(
+        y_backprop=dy, x=x, scale=scale, reserve_space_1=one, reserve_space_2=two, reserve_space_3=three,
+        epsilon=epsilon,
+    )[:3]  # fmt: skip
+    return found
+
+
+def _freedom(count: Any) -> tf.Tensor:
+    """1 - 1/n, and 1 of a single element."""
     n = tf.cast(at_least_one(count), tf.float64)
-    biased = unbiased * tf.cast(tf.maximum(n - 1.0, 1.0) / n, tf.float32)
-    return y, shift, *(tf.stop_gradient(each) for each in (rest, biased, unbiased))
+    return tf.cast(tf.maximum(n - 1.0, 1.0) / n, tf.float32)
 
 
 def by_given(
@@ -112,45 +216,39 @@ def affine(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, origin: tf.Tensor)
     )[0]  # fmt: skip
 
 
-def _near(x: tf.Tensor, count: Any, axes: tuple[int, ...]) -> tuple[tf.Tensor, tf.Tensor]:
-    """x, or x less a shift where that is to be subtracted; and the shift, with the axes of one batch kept as 1."""
-    near, shift = _shift(tf.stop_gradient(x), count, axes)
+def _near(means: tf.Tensor, variances: tf.Tensor) -> tf.Tensor:
+    """Whether 0 is near enough to every mean for the kernel.
+
+    Where its variance is off because its mean is, that variance is far less than the mean's square. What is not finite
+    is not far: nothing would help it.
+    """
+    return tf.math.logical_not(tf.reduce_any(tf.square(means) > _NEAR**2 * variances))
+
+
+def _moved(near: tf.Tensor, parts: Tensors, shifts: Callable[[], Tensors]) -> tuple[Tensors, Tensors]:
+    """The parts, or where 0 is not near the parts less their shifts; and the shifts, without gradient."""
+    none = [tf.zeros(part.shape[-1]) for part in parts]
+    found: Tensors = tf.cond(near, lambda: none, shifts)
+    found = [tf.stop_gradient(each) for each in found]
     # Either way x's gradient is what comes in: a branch that did not use x would cost zeros of its size.
-    moved = tf.cond(near, lambda: x, lambda: x - shift)
-    moved.set_shape(x.shape)
-    return moved, shift
+    moved = tf.cond(near, lambda: parts, lambda: [part - each for part, each in zip(parts, found, strict=True)])
+    for part, like in zip(moved, parts, strict=True):
+        part.set_shape(like.shape)
+    return moved, found
 
 
-def _shift(x: tf.Tensor, count: Any, axes: tuple[int, ...]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Whether 0 is near enough to each channel's mean, and what to subtract."""
-    shape = [1 if i in axes else length for i, length in enumerate(x.shape)]
-    values = tf.reshape(x, (-1, x.shape[-1]))
-    step = at_least_one(count // _ROWS)
-    # An odd step: images have even sides, and an even one would meet the same columns again and again.
-    sample = tf.gather(values, tf.range(0, count, step + 1 - step % 2))
-    mean = tf.reduce_mean(sample, 0)
-    # m^2 > 16 v, said without deviations, which would take longer; a digit is enough.
-    far = tf.square(mean) > _NEAR**2 / (_NEAR**2 + 1.0) * tf.reduce_mean(tf.square(sample), 0)
-    safe = _two_pass(values)
+def _shift(x: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor, safe: tf.Tensor) -> tf.Tensor:
+    """What to subtract: the mean, or a value of x that is near it.
 
-    def of_sample() -> tf.Tensor:
-        # Deviations from a constant channel's own value are 0; from what its sum was rounded to, they are not.
-        value = sample[0]
-        variance = tf.reduce_mean(tf.math.squared_difference(sample, mean), 0)
-        near = tf.where(tf.square(value - mean) <= 4.0 * variance, value, mean)
-        return tf.broadcast_to(tf.where(far, near, tf.zeros_like(near)), shape)
-
-    def of_all() -> tf.Tensor:
-        shift = tf.reduce_mean(x, axes, keepdims=True)
-        return tf.where(tf.math.is_finite(shift), shift, tf.zeros_like(shift))
-
-    near = safe & tf.math.logical_not(tf.reduce_any(far))
-    shift = tf.cond(near, lambda: tf.zeros(shape), lambda: tf.cond(safe, of_sample, of_all))
-    shift.set_shape(shape)
-    return near, tf.stop_gradient(shift)
+    Deviations from a constant channel's own value are 0; from what its sum was rounded to, they are not.
+    """
+    value = tf.reduce_sum(rows(x)[:1], 0)  # 0 of an empty batch
+    close = safe & (tf.square(value - mean) <= 4.0 * variance)
+    shift = tf.where(close, value, mean)
+    return tf.where(tf.math.is_finite(shift), shift, tf.zeros_like(shift))
 
 
-def _two_pass(values: tf.Tensor) -> tf.Tensor:
+def _two_pass(x: tf.Tensor) -> tf.Tensor:
     """Whether the kernel subtracts the mean before it squares, where it runs now.
 
     On a CPU it does, but not under XLA, where an integer shifted by as many bits as it has is 0. TensorFlow's own
@@ -159,18 +257,18 @@ def _two_pass(values: tf.Tensor) -> tf.Tensor:
     nobody computes it ahead of time on another device.
     """
     if on_cuda():
-        return _measured(values)
-    bits = tf.bitcast(values[:1, :1], tf.int32) | 1
+        return _measured(x)
+    bits = tf.bitcast(rows(x)[:1, :1], tf.int32) | 1
     return tf.reduce_all(tf.bitwise.left_shift(bits, 32) != 0)
 
 
-def _measured(values: tf.Tensor) -> tf.Tensor:
+def _measured(x: tf.Tensor) -> tf.Tensor:
     """`_two_pass`, by the kernel's variance of three numbers of which two are equal, and the third differs by 1.
 
     It is 1/3 if unbiased. Their squares are near 1e8, where float32 knows multiples of 8. Which two are equal depends
     on the data.
     """
-    one = tf.cast(tf.reduce_any(values[:1, :1] > 0.0), tf.float32)
+    one = tf.cast(tf.reduce_any(rows(x)[:1, :1] > 0.0), tf.float32)
     probe = tf.reshape(1e4 + tf.stack([0.0, 1.0, one]), (3, 1, 1, 1))
     _, _, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=probe, scale=[1.0], offset=[0.0], mean=tf.zeros(0), variance=tf.zeros(0), epsilon=1.0

@@ -52,7 +52,9 @@ def by_batch(
         return Normalizer(batch.shift, batch.rest, batch.variance)
     mean = per_channel(state.renorm_mean, shape, batch.shift.dtype)
     stddev = per_channel(state.renorm_stddev, shape, batch.shift.dtype)
-    r, d = corrections(batch, mean, stddev, spec.epsilon, clips)
+    r, d = corrections(
+        batch.shift, batch.rest, batch.variance, mean=mean, stddev=stddev, epsilon=spec.epsilon, clips=clips
+    )
     return Normalizer(batch.shift, batch.rest, batch.variance, r=r, d=d)
 
 

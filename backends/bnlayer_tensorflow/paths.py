@@ -50,7 +50,8 @@ def _able(x: tf.Tensor, call: Call, ghosts: Ghosts | None) -> tuple[str, ...]:
     if not plan.batch_statistics:
         return ("fused", "sums", "composite") if kernel else ("sums", "composite")
     others = ("composite",) if call.spec.renorm else ("sums", "composite")
-    return ("fused", *others) if kernel and honored else others
+    # What the kernel's gradient needs of the statistics is cuDNN's own matter, where it is cuDNN's kernel.
+    return ("fused", *others) if kernel and honored and not (call.spec.renorm and on_cuda()) else others
 
 
 def _pays() -> bool:

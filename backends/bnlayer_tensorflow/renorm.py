@@ -9,25 +9,31 @@ import tensorflow as tf
 
 from bnlayer.call import RenormClips
 
-from .statistics import Moments
 from .tensors import number
 
 
 def corrections(
-    batch: Moments, mean: tf.Tensor, stddev: tf.Tensor, epsilon: float, clips: RenormClips
+    shift: tf.Tensor,
+    rest: tf.Tensor,
+    variance: tf.Tensor,
+    *,
+    mean: tf.Tensor,
+    stddev: tf.Tensor,
+    epsilon: float,
+    clips: RenormClips,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """r = sd/den and d = (m - renorm_mean)/den, clipped, with den = max(renorm_stddev, sqrt(epsilon)); no gradient.
 
     Args:
-        batch: the statistics that normalize.
+        shift, rest, variance: the statistics that normalize, as in `Moments`.
         mean, stddev: the renorm averages before the update, to broadcast against the batch's statistics.
         epsilon: the spec's.
         clips: of this call; numbers or scalar tensors.
     """
     floor = tf.constant(epsilon, mean.dtype)
     den = tf.maximum(stddev, tf.sqrt(floor))
-    r = tf.sqrt(batch.variance + floor) / den
-    d = ((batch.shift - mean) + batch.rest) / den
+    r = tf.sqrt(variance + floor) / den
+    d = ((shift - mean) + rest) / den
     if clips.r_min is not None:
         r = tf.maximum(r, number(clips.r_min, r.dtype))
     if clips.r_max is not None:

@@ -19,6 +19,7 @@ from .call import Call
 from .derivatives import Tensors, differentiable
 from .statistics import Moments, unbiased
 from .tensors import number
+from .totals import rows, total, total_of_products
 from .weights import checked_weights, read_weights
 
 _NEAR: Final = 2.0  # standard deviations, as in `sums`
@@ -51,7 +52,7 @@ def by_moving(
 
     def backward(dy: tf.Tensor, kept: Tensors, *sources: tf.Tensor) -> Tensors:
         x, mean, gain, _ = sources
-        values, along = tf.cast(_rows(x), gain.dtype), tf.cast(_rows(dy), gain.dtype)
+        values, along = tf.cast(rows(x), gain.dtype), tf.cast(rows(dy), gain.dtype)
         hidden = (weights <= 0) & tf.math.logical_not(tf.math.is_finite(values))
         deviation = tf.where(hidden, tf.zeros_like(values), values - mean)
         doffset = tf.reduce_sum(along, 0)
@@ -101,9 +102,8 @@ def by_batch(
         clean, mean, of_var = kept
         gain = scale / tf.sqrt(of_var)
         # In plain operations: what differentiates the kernel's own gradient is wrong inside of loops.
-        ones = tf.ones_like(p)
-        doffset = tf.reshape(ones @ _rows(dy), (-1,))
-        moment = tf.reshape(ones @ _rows(dy * clean), (-1,)) - mean * doffset
+        doffset = total(dy)
+        moment = total_of_products(dy, clean) - mean * doffset
         # dx = gain (dy - p (doffset + (x - m) moment/(v + epsilon)))
         steepness = moment / of_var
         along = kernel.affine(clean, steepness, doffset - steepness * mean, tf.zeros_like(mean))
@@ -113,7 +113,7 @@ def by_batch(
         if learns:
             # For each position -sum over c of (x - m) level + ((x - m)^2 - v) slope/2, where the sum over p of the
             # second is 0: what all positions have in common does not matter to the weights.
-            deviation = _rows(clean) - mean
+            deviation = rows(clean) - mean
             each = tf.reduce_sum(deviation * (level + 0.5 * slope * deviation), 1) - 0.5 * tf.reduce_sum(
                 slope * (of_var - epsilon)
             )
@@ -135,14 +135,14 @@ def _statistics(x: tf.Tensor, p: tf.Tensor, positive: tf.Tensor) -> tuple[tf.Ten
         p: of shape (1, N H W).
         positive: whether there is weight, of shape (N H W, 1).
     """
-    values, column = _rows(x), tf.reshape(p, (-1, 1))
+    values, column = rows(x), tf.reshape(p, (-1, 1))
     mean = tf.reshape(p @ values, (-1,))
     variance = tf.reshape(p @ tf.square(values), (-1,)) - tf.square(mean)
     finite = tf.reduce_all(tf.math.is_finite(variance))
     near = finite & tf.reduce_all(tf.square(mean) <= _NEAR**2 * variance)
 
     def shown(values: tf.Tensor) -> tf.Tensor:
-        return tf.where(positive | tf.math.is_finite(_rows(x)), values, tf.zeros_like(values))
+        return tf.where(positive | tf.math.is_finite(rows(x)), values, tf.zeros_like(values))
 
     def again() -> tuple[tf.Tensor, ...]:
         shift = tf.stop_gradient(tf.reduce_sum(column * clean, 0))
@@ -164,10 +164,6 @@ def _statistics(x: tf.Tensor, p: tf.Tensor, positive: tf.Tensor) -> tuple[tf.Ten
     for each in (seen, clean):
         each.set_shape(x.shape)
     return seen, clean, shift, rest, variance
-
-
-def _rows(x: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(x, (-1, x.shape[-1]))
 
 
 def _column(values: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
