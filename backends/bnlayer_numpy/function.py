@@ -18,7 +18,7 @@ from . import blocked, definition
 from .abreast import entering, ghosts_abreast, wide_call
 from .averages import updated
 from .cache import Cache, Gradients, NDArray, Part, PartGradients
-from .layout import BLOCK_BYTES, Layout, layout_of
+from .layout import BLOCK_BYTES, BUFFER, Layout, layout_of
 from .paths import PATHS
 from .renorm import corrections
 from .statistics import Moments, batch_moments, combined, completed
@@ -113,6 +113,7 @@ def batch_norm_forward(
     able = ("definition",) if (adjustment is not None and training) or x.size == 0 else ("blocked", "definition")
     layout = layout_of(x, plan.axis) if PATHS.chosen(able[0], able) == "blocked" else None
     with np.errstate(all="ignore"):  # NaN, Inf and overflow travel into the results; the spec says what they do there
+        np.setbufsize(BUFFER)  # until the end of `with`
         view = None if layout is None else layout.view(x)
         parts, batch = _parts(x, view, layout, state, spec, plan, weights, training, renorm_clips)
         after = updated(state, batch, spec, plan) if plan.update and batch is not None else state
@@ -152,6 +153,7 @@ def batch_norm_backward(dy: NDArray, cache: Cache) -> Gradients:
     dgamma, dbeta = np.zeros(spec.num_features), np.zeros(spec.num_features)
     dweights = np.zeros(_shape_of_weights(plan)) if cache.weights_are_real else None
     with np.errstate(all="ignore"):
+        np.setbufsize(BUFFER)
         views = None if layout is None else (layout.view(x), layout.view(dy), layout.view(dx))
 
         def gradients(part: Part) -> PartGradients:
