@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .fused import LEAST_EPSILON, RATIO_CHECKED
-from .orders import Order, in_blocks
-from .sums import measured_by_samples, measured_in_rows, products_by_samples
+from .orders import Order
+from .sums import measured_in_rows
 from .surroundings import are_many
 
 
@@ -33,25 +33,32 @@ class Pieces:
     sizes: tuple[int, ...]
     strided: bool
 
-    def cut(self, x: Tensor) -> list[Tensor]:
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
         """The ghost batches of a tensor of x's shape: consecutive ones are no copies."""
-        return [part.reshape(-1, *self.order.merged[1:]) for part in self.places(x)]
+        if self.strided:
+            return [part.reshape(-1, *self.order.merged[1:]) for part in self.places(x)]
+        merged = self.order.merge(x)
+        in_row = len(merged) // self.shape[0]
+        return torch.split(merged, [rows * in_row for rows in self.sizes])
 
     def one_by_one(self, x: Tensor) -> Iterator[Tensor]:
         """The same; a strided one lies where the last one lay."""
+        if not self.strided:
+            yield from self.cut(x)
+            return
         room = None
         for place in self.places(x):
-            if self.strided:
-                room = torch.empty_like(place) if room is None else room
-                place = room.copy_(place)
-            yield place.view(-1, *self.order.merged[1:])
+            room = torch.empty_like(place) if room is None else room
+            yield room.copy_(place).view(-1, *self.order.merged[1:])
 
     def places(self, x: Tensor) -> Sequence[Tensor]:
-        """Where the ghost batches of a tensor of x's shape lie, as (rows, L C) each."""
-        merged = self.order.merge(x)
-        if not self.strided:
-            return torch.split(merged.view(self.shape[0], -1), list(self.sizes))
-        return merged.view(self.sizes[0], len(self.sizes), -1).unbind(1)
+        """Where strided ghost batches of a tensor of x's shape lie: (rows, L, C), or (rows, C, L)."""
+        return self.grid(x).unbind(1)
+
+    def grid(self, x: Tensor) -> Tensor:
+        """A tensor of x's shape by strided ghost batches: (rows, G, L, C), or (rows, G, C, L)."""
+        lengths = (-1,) if self.order.innermost else ()
+        return self.order.merge(x).view(self.sizes[0], len(self.sizes), *lengths, *self.order.merged[1:])
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """What `cut` returned, back in x's shape and order."""
@@ -60,21 +67,6 @@ class Pieces:
         else:
             joined = torch.cat(list(parts))
         return self.order.split(joined.reshape(self.order.merged), self.shape)
-
-    def samples(self, x: Tensor) -> Tensor:
-        """A tensor of x's shape with its positions in one axis: (N, L, C), or (N, C, L)."""
-        lengths = (self.shape[0], -1) if self.order.innermost else (self.shape[0],)
-        return self.order.merge(x).view(*lengths, *self.order.merged[1:])
-
-    def grid(self, x: Tensor) -> Tensor:
-        """The samples of a tensor whose ghost batches are strided, by these: (N/G, G, L, C) or (N/G, G, C, L)."""
-        samples = self.samples(x)
-        return samples.view(self.sizes[0], len(self.sizes), *samples.shape[1:])
-
-    @property
-    def positions(self) -> int:
-        """The axis of the positions in `samples`."""
-        return 1 if self.order.innermost else 2
 
     @property
     def even(self) -> bool:
@@ -103,30 +95,49 @@ def by_pieces(
     """
     if epsilon < LEAST_EPSILON or x.dtype is not torch.float32:
         return None
-    number, counts = len(pieces.sizes), pieces.counts
-    gammas, betas = (None if t is None else t.expand(number, -1) for t in (gamma, beta))
-    if pieces.strided or not pieces.order.innermost:
-        if pieces.strided:
-            found = measured_by_samples(pieces.samples(x.detach()), pieces.positions, number, counts[0])
-        elif pieces.even:
-            rows = pieces.order.merge(x.detach()).view(number, -1, *pieces.order.merged[1:])
-            found = measured_in_rows(rows.transpose(0, 1), counts[0])
-        else:
+    number, counts, features = len(pieces.sizes), pieces.counts, pieces.order.merged[1]
+    if not pieces.order.innermost:
+        if pieces.strided or not pieces.even:
             return None
+        rows = pieces.order.merge(x.detach()).view(number, -1, *pieces.order.merged[1:])
+        found = measured_in_rows(rows.transpose(0, 1), counts[0])
+        gammas, betas = (None if t is None else t.expand(number, -1) for t in (gamma, beta))
         return None if found is None else (by_known_pieces(x, pieces, gammas, betas, *found, epsilon), *found)
     y = torch.empty_like(x)
-    moments = x.new_zeros(4, number, pieces.order.merged[1])
-    means, variances, saved, rstds = moments.unbind()
     with torch.no_grad():
-        for target, part, *its in zip(pieces.cut(y), pieces.cut(x.detach()), *(t.unbind() for t in moments), strict=True):
-            its_mean, its_variance, its_saved, its_rstd = its
-            out = target, its_saved, its_rstd
-            torch.native_batch_norm(part, gamma, beta, its_mean, its_variance, True, 1.0, epsilon, out=out)
-    biased = [(count - 1) / count for count in counts]
-    variances.mul_(biased[0] if pieces.even else variances.new_tensor(biased).unsqueeze(1))
+        if pieces.strided:
+            means, variances, rstds = _strided(x, y, pieces, gamma, beta, epsilon)
+        else:
+            moments = x.new_zeros(4, number, features)
+            means, variances, _, rstds = moments.unbind()
+            cut = pieces.cut(y), pieces.cut(x), *(t.unbind() for t in moments.unbind())
+            for target, part, mean, variance, saved, rstd in zip(*cut, strict=True):
+                out = target, saved, rstd
+                torch.native_batch_norm(part, gamma, beta, mean, variance, True, 1.0, epsilon, out=out)
+            biased = [(count - 1) / count for count in counts]
+            variances.mul_(biased[0] if pieces.even else variances.new_tensor(biased).unsqueeze(1))
     if not torch.square(means).sub_(variances, alpha=RATIO_CHECKED).max().item() <= 0:
         return None
-    return _with_gradients(x, pieces, gammas, betas, y, means, rstds, epsilon), means, variances
+    if _learn(x, gamma, beta):
+        gammas, betas = (None if t is None else t.expand(number, -1) for t in (gamma, beta))
+        y = _by_pieces(x, gammas, betas, [y], pieces, means, rstds, epsilon)
+    return y, means, variances
+
+
+def _strided(
+    x: Tensor, y: Tensor, pieces: Pieces, gamma: Tensor | None, beta: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills y, and gives m, v and 1/sqrt(v + epsilon): what is gathered of x is written where it belongs in passing."""
+    found = []
+    for target, part in zip(pieces.places(y), pieces.one_by_one(x), strict=True):
+        mean, variance = torch.ops.aten.batch_norm_update_stats(part, None, None, 0.0)
+        rstd = torch.rsqrt(variance + epsilon)
+        scale = rstd if gamma is None else rstd * gamma
+        offset = (mean * scale).neg_() if beta is None else torch.addcmul(beta, mean, scale, value=-1.0)
+        torch.addcmul(offset, part.view(target.shape), scale, out=target)
+        found.append((mean, variance, rstd))
+    means, variances, rstds = map(torch.stack, zip(*found, strict=True))
+    return means, variances, rstds
 
 
 def by_known_pieces(
@@ -152,30 +163,19 @@ def by_known_pieces(
     with torch.no_grad():
         if pieces.strided:
             scales = rstds if gammas is None else rstds * gammas
-            offsets = -means * scales if betas is None else torch.addcmul(betas, means, scales, value=-1.0)
-            scales, offsets = (t.unsqueeze(pieces.positions) for t in (scales, offsets))
-            torch.addcmul(offsets, pieces.grid(x.detach()), scales, out=pieces.grid(y))
+            offsets = (means * scales).neg_() if betas is None else torch.addcmul(betas, means, scales, value=-1.0)
+            scales, offsets = (t.unsqueeze(1 if pieces.order.innermost else 2) for t in (scales, offsets))
+            torch.addcmul(offsets, pieces.grid(x), scales, out=pieces.grid(y))
         else:
-            cut = pieces.cut(y), pieces.cut(x.detach()), _each(gammas, pieces), _each(betas, pieces), means, variances
+            cut = pieces.cut(y), pieces.cut(x), _each(gammas, pieces), _each(betas, pieces), means, variances
             for target, part, gamma, beta, mean, variance in zip(*cut, strict=True):
                 out = target, unused, unused
                 torch.native_batch_norm(part, gamma, beta, mean, variance, False, 0.0, epsilon, out=out)
-    return _with_gradients(x, pieces, gammas, betas, y, means, rstds, epsilon)
+    return _by_pieces(x, gammas, betas, [y], pieces, means, rstds, epsilon) if _learn(x, gammas, betas) else y
 
 
-def _with_gradients(
-    x: Tensor,
-    pieces: Pieces,
-    gammas: Tensor | None,
-    betas: Tensor | None,
-    y: Tensor,
-    means: Tensor,
-    rstds: Tensor,
-    epsilon: float,
-) -> Tensor:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gammas, betas)):
-        return _by_pieces(x, gammas, betas, [y], pieces, means, rstds, epsilon)
-    return y
+def _learn(*given: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
 
 
 def _each(values: Tensor | None, pieces: Pieces) -> Sequence[Tensor | None]:
@@ -209,7 +209,7 @@ class _ByPieces(Function):
                 return *_strided_gradients(pieces, x, gradients[0], gammas, means, rstds, needs), *[None] * 5
             if needs[0]:
                 dx = torch.empty_like(x)
-        targets = [None] * len(pieces.sizes) if dx is None else pieces.cut(dx)
+        targets: Sequence[Tensor | None] = [None] * len(pieces.sizes) if dx is None else pieces.cut(dx)
         cut = pieces.cut(gradients[0]), pieces.cut(x), _each(gammas, pieces), means, rstds, targets
         found = []
         for dy, part, gamma, mean, rstd, target in zip(*cut, strict=True):
@@ -229,7 +229,6 @@ class _ByPieces(Function):
         )  # fmt: skip
 
 
-
 def _strided_gradients(
     pieces: Pieces,
     x: Tensor,
@@ -240,19 +239,26 @@ def _strided_gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """gamma/sd (dy - (S1 + xhat S2)/n), S2 and S1, for S1 = sum dy and S2 = sum dy xhat of each ghost batch."""
-    axis, count = pieces.positions, pieces.counts[0]
-    total, products = products_by_samples(pieces.samples(x), pieces.samples(dy), means, axis)
-    dgammas, scales = products * rstds, rstds if gammas is None else rstds * gammas
-    dx = None
-    if needs[0]:
-        slopes = dgammas * rstds * scales / -count
-        offsets = total * scales / -count - slopes * means
-        scales, slopes, offsets = (t.to(x.dtype).unsqueeze(axis) for t in (scales, slopes, offsets))
-        dx = torch.empty_like(x)
-        for target, its_x, its_dy in zip(*(in_blocks(pieces.grid(t)) for t in (dx, x, dy)), strict=True):
-            torch.addcmul(offsets, its_x, slopes, out=target)
-            torch.addcmul(target, its_dy, scales, out=target)
-    return dx, dgammas.to(x.dtype) if needs[1] else None, total.to(x.dtype) if needs[2] else None
+    dx = torch.empty_like(x) if needs[0] else None
+    targets: Sequence[Tensor | None] = [None] * len(pieces.sizes) if dx is None else pieces.places(dx)
+    scales = rstds if gammas is None else rstds * gammas
+    shares = scales / -pieces.counts[0]
+    places = 0 if pieces.order.innermost else 1
+    cut = targets, pieces.one_by_one(x), pieces.one_by_one(dy), means, rstds, scales, shares, shares * rstds
+    found = []
+    for target, part, its_dy, mean, rstd, scale, share, slope in zip(*cut, strict=True):
+        _, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+            its_dy, part, None, None, None, mean, rstd, True, 0.0, (False, True, True)
+        )
+        found.append((dgamma, dbeta))
+        if target is not None:
+            of_x = dgamma * slope
+            offset = (dbeta * share).addcmul_(of_x, mean, value=-1.0)
+            offset, of_x, of_dy = (t.unsqueeze(places) for t in (offset, of_x, scale))
+            part, its_dy = part.view(target.shape), its_dy.view(target.shape)
+            torch.addcmul(torch.addcmul(offset, part, of_x, out=part), its_dy, of_dy, out=target)
+    dgammas, dbetas = map(torch.stack, zip(*found, strict=True))
+    return dx, dgammas if needs[1] else None, dbetas if needs[2] else None
 
 
 _by_pieces: Final[Callable[..., Tensor]] = _ByPieces.apply

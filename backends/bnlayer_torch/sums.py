@@ -77,49 +77,6 @@ def measured_in_rows(x: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     return (mean.to(x.dtype), variance.to(x.dtype)) if _accurate(mean, variance, _RATIO_OF_ROWS) else None
 
 
-def measured_by_samples(x: Tensor, axis: int, groups: int, count: int) -> tuple[Tensor, Tensor] | None:
-    """Mean and biased variance, (G, C), of strided groups of samples, of x's dtype and without gradient.
-
-    None where one pass over x is not accurate, or x not finite, or too large to be squared.
-
-    Args:
-        x: float32 or float64, without gradient: samples of L positions, (N, L, C) or (N, C, L). Those of group g are g,
-            g + G, ...
-        axis: of the positions.
-        groups: G.
-        count: elements that each mean is of, at least two.
-    """
-    squares, room = x.new_empty(len(x), x.shape[3 - axis]), room_for_block(x)
-    for some, its_squares in zip(in_blocks(x), in_blocks(squares, like=x), strict=True):
-        torch.sum(torch.mul(some, some, out=room[: len(some)]), axis, out=its_squares)
-    total, squares = _of_groups(x.sum(axis), squares, groups)
-    mean = total.div_(count)
-    variance = squares.div_(count).addcmul_(mean, mean, value=-1.0).clamp_(min=0.0)
-    return (mean.to(x.dtype), variance.to(x.dtype)) if _accurate(mean, variance, _RATIO_OF_ROWS) else None
-
-
-def products_by_samples(x: Tensor, dy: Tensor, means: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """The sums of dy and of dy (x - m), (G, C) in double precision.
-
-    Args:
-        x, dy: float32 or float64, samples as in `measured_by_samples`.
-        means: m, (G, C) of their dtype.
-        axis: of the positions.
-    """
-    products, room = x.new_empty(len(x), x.shape[3 - axis]), room_for_block(x)
-    every = means.repeat(len(x) // len(means), 1).unsqueeze(axis)
-    cut = in_blocks(x), in_blocks(dy), in_blocks(every, like=x), in_blocks(products, like=x)
-    for some, its_dy, its_means, its_products in zip(*cut, strict=True):
-        torch.sum(torch.sub(some, its_means, out=room[: len(some)]).mul_(its_dy), axis, out=its_products)
-    return _of_groups(dy.sum(axis), products, len(means))
-
-
-def _of_groups(total: Tensor, other: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """The sums of each group's rows of two (N, C)."""
-    sums, others = torch.stack((total, other)).view(2, -1, groups, total.shape[1]).sum(1, dtype=torch.float64)
-    return sums, others
-
-
 def _accurate(mean: Tensor, variance: Tensor, most: float) -> bool:
     lowest, highest = torch.aminmax(torch.square(mean).sub_(variance, alpha=most))
     return highest.item() <= 0 and lowest.item() > -torch.inf  # and not, if one is no number
