@@ -94,5 +94,5 @@ def entering(mean: NDArray, variance: NDArray, abreast: Abreast, plan: CallPlan)
     """The means of the ghosts' moments, which enter the averages, from those of `wide_call`."""
     ghosts = abreast.ghosts
     count = (plan.count or 0) // ghosts
-    mean, variance = (each.reshape(ghosts, -1).mean(0).reshape(plan.channel_shape) for each in (mean, variance))
-    return completed(mean, variance, None, count)
+    mean, variance = (abreast.added(each) / ghosts for each in (mean, variance))
+    return completed(mean.reshape(plan.channel_shape), variance.reshape(plan.channel_shape), None, count)
