@@ -16,7 +16,9 @@ _NAMES: Final = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean
 
 def cases(device: str = "cpu") -> Iterator[Case]:
     """Contiguous channels first, channels_last, and rank 2."""
-    inputs = [(layout, (s[0], s[3], s[1], s[2])) for s in IMAGES for layout in ("NCHW", "channels_last")]
+    inputs: list[tuple[str, Shape]] = [
+        (layout, (s[0], s[3], s[1], s[2])) for s in IMAGES for layout in ("NCHW", "channels_last")
+    ]
     inputs += [("NC", shape) for shape in ROWS]
     bars = device == "cpu"
     for layout, shape in inputs:
@@ -32,11 +34,71 @@ def cases(device: str = "cpu") -> Iterator[Case]:
                     "torch", "ours, plain", mode, "float32", f"{layout}, {option.name}", shape,
                     bar if bars and shape != (8, 64) else None, make,
                 )  # fmt: skip
+    if bars:
+        yield from _limits(inputs)
     for layout, shape in (("NCHW", (64, 256, 14, 14)), ("channels_last", (64, 256, 14, 14)), ("NC", (65536, 64))):
         for mode in MODES:
             yield _against_torch(device, mode, layout, shape, None, dtype="bfloat16")
             yield _against_torch(device, mode, layout, shape, None, mean=1e3)
             yield _against_torch(device, mode, layout, shape, None, compiled=True)
+
+
+def _limits(inputs: list[tuple[str, Shape]]) -> Iterator[Case]:
+    """Not ours, but the least that calls take which are near their bar: see `limits_torch`."""
+    for layout, shape in inputs:
+        rank_2, small, first = len(shape) == 2, shape == (256, 128), layout == "NCHW"
+        if shape == (8, 64):
+            continue
+        peer = "torch.nn.BatchNorm1d" if rank_2 else "torch.nn.BatchNorm2d"
+        for mode in MODES:
+            if mode == "eval" or not first:
+                yield _limit(f"{peer} (not ours: the kernel alone)", layout, None, shape, mode)
+            if small and mode != "eval":
+                said = f"{peer} (not ours: the kernel, averages and a check)"
+                yield _limit(said, layout, None, shape, mode, kept=True)
+        for option in OPTIONS:
+            for mode in option.modes:
+                if mode == "eval":
+                    there = small and option.name == "weights"
+                elif option.kind is not None:
+                    there = mode == "train" or rank_2
+                elif option.name == "renorm":
+                    there = small
+                else:
+                    there = not first and (shape != (65536, 64) or option.name == "consecutive ghosts")
+                if there:
+                    yield _limit("ours, plain (not ours: bare operations)", layout, option, shape, mode)
+                if there and small and mode != "eval":
+                    said = "ours, plain (not ours: bare operations, averages and a check)"
+                    yield _limit(said, layout, option, shape, mode, kept=True)
+
+
+def _limit(peer: str, layout: str, option: Option | None, shape: Shape, mode: Mode, *, kept: bool = False) -> Case:
+    said = layout if option is None else f"{layout}, {option.name}"
+    make = partial(_limit_pair, layout, option, shape, mode, kept)
+    return Case("torch", peer, mode, "float32", said, shape, None, make)
+
+
+def _limit_pair(layout: str, option: Option | None, shape: Shape, mode: Mode, kept: bool) -> Pair:
+    import torch
+
+    import bnlayer_torch
+
+    from .limits_torch import Bare
+
+    arrays, values = data(shape), parameters(shape[1])
+    tensors = _tensors("cpu", mode, layout, arrays, "float32")
+    weights = None if option is None else option.weights(shape, 1)
+    given = () if weights is None else (torch.from_numpy(weights),)
+    bare = Bare("" if option is None else option.name, values, _EPSILON, training=mode != "eval", kept=kept)
+    peer = _run(_layer(torch.nn if option is None else bnlayer_torch, mode, shape, "cpu"), mode, *tensors)
+    ours = _run(bare, mode, *tensors, *given)
+
+    def results() -> Any:
+        right = _arrays(peer()) if option is None else option.right(mode, arrays, values, _EPSILON, 1)
+        return _arrays(ours()), right
+
+    return Pair(ours, peer, results)
 
 
 def _against_torch(
