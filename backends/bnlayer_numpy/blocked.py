@@ -95,8 +95,8 @@ def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
         offset += cache.beta
     rows = at_once.rows_of(arithmetic, view, target) if shift is None else None
     if rows is not None:
-        np.multiply(rows[0], scale.astype(arithmetic), out=rows[1])
-        np.add(rows[1], offset.astype(arithmetic), out=rows[1])
+        np.multiply(rows[0], at_once.spread(scale, rows[0]), out=rows[1])
+        np.add(rows[1], at_once.spread(offset, rows[0]), out=rows[1])
         put(target, y[part.rows])
         return True
     side = side_by_side(view, target)
@@ -166,8 +166,9 @@ def _gradient_sums(
     if rows is None:
         s1, products = _totals(over(cut, partial(_panel_gradient_sums, view, dy, scaling.shift, arithmetic)))
     else:
-        x, g, buffer = rows
-        s1, products = at_once.total(g), at_once.total(np.multiply(g, x, out=buffer))
+        (x, g, buffer), channels = rows, view.shape[2]
+        s1 = at_once.total(g, channels)
+        products = at_once.total(np.multiply(g, x, out=buffer), channels)
     return s1, (products - scaling.rest * s1) * scaling.rstd
 
 
@@ -205,10 +206,10 @@ def _projected(
     rows = at_once.rows_of(arithmetic, view, dy, target) if shift is None and weights is None else None
     if rows is not None:
         x, g, result = rows
-        np.multiply(x, slope.astype(arithmetic), out=result)
+        np.multiply(x, at_once.spread(slope, x), out=result)
         np.subtract(g, result, out=result)
-        np.subtract(result, constant.astype(arithmetic), out=result)
-        np.multiply(result, scale.astype(arithmetic), out=result)
+        np.subtract(result, at_once.spread(constant, x), out=result)
+        np.multiply(result, at_once.spread(scale, x), out=result)
         return True
     side = side_by_side(view, dy, target) if weights is None else 1
     view, dy, target = long_rows(view, side), long_rows(dy, side), long_rows(target, side)
@@ -288,7 +289,8 @@ def _moments(
         sums, squares = _totals(over(cut, partial(_panel_moments, view, shift, weights, arithmetic)))
     else:
         (x,) = rows
-        sums, squares = at_once.total(x, weights), at_once.total(x * x, weights)
+        channels = view.shape[2]
+        sums, squares = at_once.total(x, channels, weights), at_once.total(x * x, channels, weights)
     p = view.shape[2] / view.size if weights is None else 1.0
     rest = sums * p
     square = rest * rest

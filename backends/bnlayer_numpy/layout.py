@@ -31,11 +31,11 @@ SMALL_AGAINST_RESULT: Final = 12
 # From this number of blocks on, per-channel values are written out to a block's size once, so that every operation runs
 # over plain memory: without broadcasting it takes about half as long.
 SPREAD_FROM: Final = 3
-# NumPy copies what is repeated along rows shorter than its buffer, 8192 numbers by default, to that buffer first, as often
-# as it is needed. From a row of 1024 on it is faster without (float32 rows of 1024 to 4096: 1.2 to 1.5 of the time of
-# plain memory, with the buffer 1.7 to 1.9); a single number for each row is then repeated in two thirds of that time.
+# NumPy copies what is repeated along rows shorter than its buffer, 8192 numbers by default, to that buffer first, as
+# often as it is needed. From a row of 1024 on it is faster without (float32 rows of 1024 to 4096: 1.2 to 1.5 of the
+# time of plain memory, with the buffer 1.7 to 1.9), and a single number for each row then takes two thirds of it.
 BUFFER: Final = 1024
-# Rows as long as this are repeated as fast as NumPy reads plain memory. So positions are laid side by side to make them.
+# Rows as long as this are repeated as fast as NumPy reads plain memory. So positions are side by side to make them.
 LONG: Final = 4096
 # Sums run down columns, so with few channels rows are laid side by side until they are this wide: that is faster, and
 # the fewer numbers a sum in float32 has, the less it loses.

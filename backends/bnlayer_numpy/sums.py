@@ -88,7 +88,7 @@ class Sum:
 
     def _put(self) -> None:
         held = self._found[: self._held].reshape(-1, self._channels).astype(np.float64)
-        found = _ones(len(held), held.dtype).dot(held)
+        found = ones(len(held), held.dtype).dot(held)
         self._total = found if self._total is None else self._total + found
         self._held = 0
 
@@ -108,15 +108,16 @@ def _prepared(
     """What every sum over a panel's blocks needs, which small inputs would spend as long on as on the sum."""
     n, a, c, b = panel.block
     side = fold(c) if b == 1 else 1
-    ones = _ones(max(n * a, b), dtype)
+    held = ones(max(n * a, b), dtype)
     # What most blocks are: whole, and their rows adjacent in memory.
     common = panel.block if b == 1 and n * a % side == 0 else None
     rows = (n * a // side, side * c)
-    return c, side, ones, common, rows, ones[: rows[0]], min(len(panel.cuts), _HELD)
+    return c, side, held, common, rows, held[: rows[0]], min(len(panel.cuts), _HELD)
 
 
 @lru_cache(maxsize=256)
-def _ones(length: int, dtype: np.dtype[Any]) -> NDArray:
+def ones(length: int, dtype: np.dtype[Any]) -> NDArray:
+    """(length,), not to be written to."""
     made = np.ones(length, dtype)
     made.flags.writeable = False
     return made

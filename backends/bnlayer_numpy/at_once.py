@@ -1,0 +1,49 @@
+"""A batch that is one block, channels last: NumPy's operations over all of it at once, with no list of blocks to go
+through, which takes longer than the numbers do (a third of a forward pass at (256, 128))."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+
+from .layout import BLOCK_BYTES, NDArray, fold
+from .sums import ones
+
+_LONGEST_SUM: Final = 128  # numbers in one sum in the arithmetic; see `blocked` for what such a sum loses
+
+
+def rows_of(arithmetic: np.dtype[Any], *views: NDArray) -> tuple[NDArray, ...] | None:
+    """`joined` views of one shape (N, 1, C, 1) as long rows, each some positions side by side; None where they are not
+    for this module."""
+    n, a, c, b = views[0].shape
+    if not a == b == 1 or views[0].nbytes > BLOCK_BYTES:
+        return None
+    if any(view.dtype != arithmetic or not view.flags.c_contiguous for view in views):
+        return None
+    rows = _rows(n, c)
+    return tuple(view.reshape(rows, -1) for view in views) if rows <= _LONGEST_SUM else None
+
+
+def total(rows: NDArray, channels: int, weights: NDArray | None = None) -> NDArray:
+    """The sum over all positions, each times its weight (N, 1, 1, 1): float64, (C,)."""
+    if weights is not None:
+        return weights.reshape(-1).dot(rows.reshape(-1, channels)).astype(np.float64)  # type: ignore[no-any-return]
+    found = ones(len(rows), rows.dtype).dot(rows).reshape(-1, channels)
+    return found.sum(0, np.float64)  # type: ignore[no-any-return]
+
+
+def spread(values: NDArray, rows: NDArray) -> NDArray:
+    """Per-channel values, float64, in the rows' dtype and for all positions of a row."""
+    made = np.empty((rows.shape[1] // len(values), len(values)), rows.dtype)
+    made[...] = values
+    return made.reshape(-1)
+
+
+@lru_cache(maxsize=256)
+def _rows(positions: int, channels: int) -> int:
+    side = fold(channels)
+    while positions % side:
+        side //= 2
+    return positions // side
