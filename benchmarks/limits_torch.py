@@ -116,9 +116,9 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten(2) if x.is_contiguous() else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _blocks(x: Tensor) -> int:
+def _blocks(x: Tensor, whole: int = 0) -> int:
     """Rows of a block."""
-    return len(x) if x.numel() <= _WHOLE else max(1, len(x) * _BLOCK // x.numel())
+    return len(x) if x.numel() <= whole else max(1, len(x) * _BLOCK // x.numel())
 
 
 def _kernel_into(y: Tensor, x: Tensor, *given: Any) -> None:
@@ -172,7 +172,7 @@ def _weighted(epsilon: float, weights: Tensor, x: Tensor, gamma: Tensor, beta: T
 
 
 def _sums_of_rows(x: Tensor, w: Tensor, boolean: bool) -> tuple[Tensor, Tensor]:
-    rows = _blocks(x)
+    rows = _blocks(x, _WHOLE)
     found, room = x.new_empty(2, *x.shape[:2]), torch.empty_like(x[:rows])
     for some, its, total, squares in zip(*(torch.split(t, rows) for t in (x, w, *found)), strict=True):
         part = torch.mul(some, its, out=room[: len(some)])

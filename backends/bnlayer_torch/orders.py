@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 
 _BLOCK: Final = 1 << 19
-# Up to so many elements, a few of the last cache's, the fewer operations of a single block are faster (measured: a
-# third, at 12 MB with a cache of 32).
-_WHOLE: Final = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Order:
 
 
 def in_blocks(values: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
-    """A tensor cut along its first axis into blocks of about half a million elements, where it is large.
+    """A tensor cut along its first axis into blocks of about half a million elements.
 
     What is computed of one in passing then stays in the processor's caches, and finds room that the last left: fresh
     memory takes the processor longer than what is written into it.
@@ -72,8 +69,7 @@ def room_for_block(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> int:
-    length = x.numel()
-    return max(1, len(x) if length <= _WHOLE else len(x) * _BLOCK // length)
+    return max(1, len(x) * _BLOCK // max(1, x.numel()))
 
 
 def order_of(x: Tensor, axis: int) -> Order | None:

@@ -184,7 +184,7 @@ def hide_too_much(shares: Shares, x: Tensor) -> bool:
 def fits(weights: Tensor, x: Tensor) -> bool:
     """Whether weights have a value for each position of x, with channels on axis 1."""
     given, shape = weights.shape, x.shape
-    return len(given) == len(shape) - 1 and given[0] == shape[0] and given[1:] == shape[2:]
+    return len(given) == len(shape) - 1 and given[0] == shape[0] and (len(given) == 1 or given[1:] == shape[2:])
 
 
 def check_weights(weights: Tensor) -> None:
@@ -204,7 +204,7 @@ def _bounds(weights: Tensor) -> tuple[float, float]:
     Raises:
         InputError: a weight is negative or not finite.
     """
-    least, most = torch.aminmax(weights.detach())
+    least, most = torch.aminmax(weights)
     low, high = least.item(), most.item()
     if not (low >= 0 and high < torch.inf):
         _refuse_invalid(weights)
