@@ -204,7 +204,8 @@ def _limit_in_blocks(mode: Mode, layout: str, shape: Shape) -> Pair:
     def bare() -> tuple[NDArray, ...]:
         mean, variance = values["moving_mean"], values["moving_variance"]
         if mode == "train":
-            first, second = (sum(each).reshape(-1, channels).sum(0) for each in zip(*on_every_core(sums), strict=True))
+            found = (np.sum(each, 0).reshape(-1, channels) for each in zip(*on_every_core(sums), strict=True))
+            first, second = (each.sum(0) for each in found)
             mean = first / np.float32(len(x))
             variance = second / np.float32(len(x)) - mean * mean
         scale = gamma / np.sqrt(variance + epsilon)
