@@ -151,6 +151,29 @@ def test_ghosts_with_a_large_mean_are_as_accurate(layout: str, ghosts: Any) -> N
     torch.testing.assert_close(module.running_mean.double(), mean.mean(0).flatten(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("mean", [0.5, 3.0, 5.0, 1000.0])
+@pytest.mark.parametrize("ghosts", ["strided", "consecutive"])
+def test_gradients_of_ghosts_do_not_lose_to_the_mean(ghosts: Any, mean: float) -> None:
+    # On both sides of the check of the sums; dy goes with xhat, so that dx is a small difference.
+    shape = SHAPES["large channels_last"]
+    module, x, _ = made(f"{ghosts} ghosts", shape, "large channels_last")
+    leaf = (x + mean).clone(memory_format=torch.preserve_format).requires_grad_()
+    dy = x + 0.1 * normal(*shape, seed=7)
+    gradients = torch.autograd.grad(module(leaf), [leaf, module.weight, module.bias], dy)
+    wide = leaf.detach().double().requires_grad_()
+    rows = torch.arange(shape[0])
+    members = [rows[g::4] if ghosts == "strided" else rows[2 * g : 2 * g + 2] for g in range(4)]
+    gamma, beta = (t.detach().double().requires_grad_() for t in (module.weight, module.bias))
+    for part in members:
+        y = torch.nn.functional.batch_norm(wide[part], None, None, gamma, beta, True, eps=module.eps)
+        y.backward(dy[part].double())
+    for got, wanted in zip(gradients, (wide.grad, gamma.grad, beta.grad), strict=True):
+        assert wanted is not None
+        scale = dy.abs().max() if got.dim() == 4 else wanted.abs().max()
+        # What any sum of so many may lose, and a few roundings of values as large as the mean.
+        assert (got.double() - wanted).abs().max() <= (8 + 3200**0.5 + 4 * mean) * 2.0**-24 * scale
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e25])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_what_is_not_finite_comes_as_from_batch_norm(option: str, bad: float, monkeypatch: Any) -> None:
