@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from .layout import BLOCK_BYTES, NDArray, fold
+from . import layout
+from .layout import NDArray, fold
 from .sums import ones
 
 _LONGEST_SUM: Final = 128  # numbers in one sum in the arithmetic; see `blocked` for what such a sum loses
@@ -18,7 +19,7 @@ def rows_of(arithmetic: np.dtype[Any], *views: NDArray) -> tuple[NDArray, ...] |
     """`joined` views of one shape (N, 1, C, 1) as long rows, each some positions side by side; None where they are not
     for this module."""
     n, a, c, b = views[0].shape
-    if not a == b == 1 or views[0].nbytes > BLOCK_BYTES:
+    if not a == b == 1 or views[0].nbytes > layout.BLOCK_BYTES:
         return None
     if any(view.dtype != arithmetic or not view.flags.c_contiguous for view in views):
         return None

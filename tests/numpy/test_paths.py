@@ -36,6 +36,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     layout.panels.cache_clear()
 
 
+@pytest.fixture(params=["many blocks", "one block"])
+def blocks(request: pytest.FixtureRequest) -> None:
+    """What a small array is cut into; one block alone goes another way (at_once.py)."""
+    if request.param == "many blocks":
+        request.getfixturevalue("small_blocks")
+
+
 @pytest.fixture
 def no_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """The definition must not be needed."""
@@ -133,7 +140,7 @@ def test_options_and_dead_channels_take_the_fast_path(kind: str, no_definition: 
 )  # fmt: skip
 @pytest.mark.parametrize("training", [True, False])
 def test_blocks_add_up_to_the_definition(
-    shape: tuple[int, ...], axis: int, options: dict[str, Any], weights: str | None, training: bool, small_blocks: None
+    shape: tuple[int, ...], axis: int, options: dict[str, Any], weights: str | None, training: bool, blocks: None
 ) -> None:
     random = np.random.default_rng(4)
     x = (random.standard_normal(shape) * 2.0 + random.choice([0.0, 5.0], shape[axis]).reshape(
@@ -183,7 +190,7 @@ def test_memory_in_any_order(form: str, small_blocks: None) -> None:
 @pytest.mark.parametrize(
     ("mean", "stddev"), [(0.0, 1.0), (1.9, 1.0), (2.1, 1.0), (1e3, 1.0), (1e6, 1.0), (1e-3, 1e-3), (1e5, 1e9)]
 )
-def test_statistics_to_their_bound_on_both_sides_of_the_shift(mean: float, stddev: float, small_blocks: None) -> None:
+def test_statistics_to_their_bound_on_both_sides_of_the_shift(mean: float, stddev: float, blocks: None) -> None:
     x = (np.random.default_rng(6).standard_normal((4096, 3)) * stddev + mean).astype(np.float32)
     part = run(x, BatchNormSpec(3), path="blocked")[3].parts[0]
     exact = x.astype(np.float64)
@@ -195,7 +202,7 @@ def test_statistics_to_their_bound_on_both_sides_of_the_shift(mean: float, stdde
     assert part.scaling is not None
 
 
-def test_data_in_order_is_as_good_as_shuffled(small_blocks: None, no_definition: None) -> None:
+def test_data_in_order_is_as_good_as_shuffled(blocks: None, no_definition: None) -> None:
     x = np.sort(np.random.default_rng(7).standard_normal((4096, 3), np.float32) + np.float32(100.0), axis=0)
     part = run(x, BatchNormSpec(3))[3].parts[0]
     np.testing.assert_allclose(part.variance[0], x.astype(np.float64).var(0), rtol=72 * U)
@@ -248,7 +255,7 @@ def test_what_is_not_finite_stays_in_its_channel(value: float, training: bool) -
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, 3e38])
 @pytest.mark.parametrize("kind", ["mask", "weights"])
-def test_anything_may_lie_under_a_mask(value: float, kind: str, small_blocks: None) -> None:
+def test_anything_may_lie_under_a_mask(value: float, kind: str, blocks: None) -> None:
     random = np.random.default_rng(11)
     x = random.standard_normal((40, 6, 3)).astype(np.float32)
     mask = random.random((40, 6)) < 0.6
