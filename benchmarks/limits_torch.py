@@ -24,6 +24,13 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 _ops: Final = torch.ops.aten
 
 
+def looked(layer: Callable[[Tensor], Tensor], x: Tensor, weights: Tensor) -> Tensor:
+    """What a layer does that has weights to refuse, and nothing else to do with them."""
+    low, high = torch.aminmax(weights)
+    assert low.item() >= 0 and high.item() < torch.inf
+    return layer(x)
+
+
 class Bare:
     """Called like a layer.
 
@@ -52,9 +59,6 @@ class Bare:
     def __call__(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """y."""
         if not self._training:
-            if weights is not None and weights.dtype is not torch.bool:
-                low, high = torch.aminmax(weights)
-                assert low.item() >= 0 and high.item() < torch.inf
             return torch.batch_norm(
                 x, self.gamma, self.beta, self.mean, self.variance, False, 0.0, self._epsilon, False
             )

@@ -59,7 +59,9 @@ def _limits(inputs: list[tuple[str, Shape]]) -> Iterator[Case]:
         for option in OPTIONS:
             for mode in option.modes:
                 if mode == "eval":
-                    there = small and option.name == "weights"
+                    there = False
+                    if small and option.name == "weights":
+                        yield _limit("ours, plain (not ours: itself, and a look at them)", layout, option, shape, mode)
                 elif option.kind is not None:
                     there = mode == "train" or rank_2
                 elif option.name == "renorm":
@@ -68,7 +70,7 @@ def _limits(inputs: list[tuple[str, Shape]]) -> Iterator[Case]:
                     there = not first and (shape != (65536, 64) or option.name == "consecutive ghosts")
                 if there:
                     yield _limit("ours, plain (not ours: bare operations)", layout, option, shape, mode)
-                if there and small and mode != "eval":
+                if there and small:
                     said = "ours, plain (not ours: bare operations, averages and a check)"
                     yield _limit(said, layout, option, shape, mode, kept=True)
 
@@ -84,15 +86,17 @@ def _limit_pair(layout: str, option: Option | None, shape: Shape, mode: Mode, ke
 
     import bnlayer_torch
 
-    from .limits_torch import Bare
+    from .limits_torch import Bare, looked
 
     arrays, values = data(shape), parameters(shape[1])
     tensors = _tensors("cpu", mode, layout, arrays, "float32")
     weights = None if option is None else option.weights(shape, 1)
     given = () if weights is None else (torch.from_numpy(weights),)
-    bare = Bare("" if option is None else option.name, values, _EPSILON, training=mode != "eval", kept=kept)
-    peer = _run(_layer(torch.nn if option is None else bnlayer_torch, mode, shape, "cpu"), mode, *tensors)
-    ours = _run(bare, mode, *tensors, *given)
+    layer = _layer(torch.nn if option is None else bnlayer_torch, mode, shape, "cpu")
+    bare: Any = Bare("" if option is None else option.name, values, _EPSILON, training=mode != "eval", kept=kept)
+    if mode == "eval" and given:
+        bare = partial(looked, layer)
+    peer, ours = _run(layer, mode, *tensors), _run(bare, mode, *tensors, *given)
 
     def results() -> Any:
         right = _arrays(peer()) if option is None else option.right(mode, arrays, values, _EPSILON, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -68,12 +69,12 @@ class Pieces:
             joined = torch.cat(list(parts))
         return self.order.split(joined.reshape(self.order.merged), self.shape)
 
-    @property
+    @cached_property
     def even(self) -> bool:
         """Whether all ghost batches have as many rows."""
         return self.strided or len(set(self.sizes)) == 1
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """Elements a channel of each ghost batch."""
         row = math.prod(self.order.merged) // (self.order.merged[1] * self.shape[0])
