@@ -14,7 +14,9 @@ from .cases import MODES, length
 _BEGIN: Final = "<!-- figures: written by python -m benchmarks.document -->"
 _END: Final = "<!-- /figures -->"
 _MARKS: Final = {True: "✓", False: "**missed**"}
+_LIMIT: Final = " (not ours: "  # in a peer's name: what is timed is not our call, but the least that one can take
 Row = dict[str, Any]
+Limits = dict[tuple[str, ...], list[Row]]
 
 
 @click.command()
@@ -23,7 +25,8 @@ Row = dict[str, Any]
 def main(runs: tuple[Path, ...], page: Path) -> None:
     """Put the figures of RUNS (JSON files of `python -m benchmarks --json`) between the page's two marks.
 
-    A cell has each run's median ratio, then the bar, and whether every run reached it.
+    A cell has each run's median ratio, then the bar, whether every run reached it, and, where not, the ratio of what was
+    timed as the least that such a call can take.
     """
     documents = [json.loads(run.read_text("utf-8")) for run in runs]
     found: dict[str, list[Row]] = {}
@@ -49,6 +52,7 @@ def _figures(found: dict[str, list[Row]], machine: dict[str, str]) -> Iterable[s
     if core:
         yield from _table(("the core", "against", "runs"), (_job(rows) for rows in core))
     layers = [rows for rows in found.values() if rows[0]["backend"] != "core"]
+    limits = {_call_of(rows[0]): rows for rows in layers if _LIMIT in rows[0]["peer"]}
     for suite in dict.fromkeys(rows[0]["suite"] for rows in layers):
         of_suite = [rows for rows in layers if rows[0]["suite"] == suite]
         for peer in dict.fromkeys(rows[0]["peer"] for rows in of_suite):
@@ -58,7 +62,7 @@ def _figures(found: dict[str, list[Row]], machine: dict[str, str]) -> Iterable[s
                     key = rows[0]["layout"], length(rows[0]["shape"]), rows[0]["dtype"]
                     lines.setdefault(key, {})[rows[0]["mode"]] = rows
             heads = (f"{suite} against {peer}", "eval", "train", "train and gradient", "copies", "memory")
-            yield from _table(heads, (_call(key, modes) for key, modes in lines.items()))
+            yield from _table(heads, (_call(key, modes, limits) for key, modes in lines.items()))
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterable[str]:
@@ -69,14 +73,19 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterable[str
     yield ""
 
 
-def _call(key: tuple[str, ...], modes: dict[str, list[Row]]) -> list[str]:
+def _call_of(row: Row) -> tuple[str, ...]:
+    """What tells a call, and its limit, from others."""
+    return row["suite"], row["peer"].split(_LIMIT)[0], row["layout"], length(row["shape"]), row["dtype"], row["mode"]
+
+
+def _call(key: tuple[str, ...], modes: dict[str, list[Row]], limits: Limits) -> list[str]:
     layout, shape, dtype = key
     name = f"{layout} {shape}" + ("" if dtype == "float32" else f" {dtype}")
     there = [modes.get(mode) for mode in MODES]
     extras = [
         " / ".join(_number(rows, what, digits) for rows in there) for what, digits in (("copies", 1), ("memory", 2))
     ]
-    return [name, *("" if rows is None else _cell(rows) for rows in there), *extras]
+    return [name, *("" if rows is None else _cell(rows, limits) for rows in there), *extras]
 
 
 def _number(rows: list[Row] | None, what: str, digits: int) -> str:
@@ -84,15 +93,22 @@ def _number(rows: list[Row] | None, what: str, digits: int) -> str:
     return f"{min(values):.{digits}f}" if values else "–"
 
 
-def _cell(rows: list[Row]) -> str:
-    runs = " ".join(f"{row['ratio']:.2f}" for row in rows)
+def _cell(rows: list[Row], limits: Limits) -> str:
+    runs = _ratios(rows)
     if rows[0]["bar"] is None:
         return runs
-    return f"{runs} (bar {rows[0]['bar']:.2f} {_MARKS[all(row['reached'] for row in rows)]})"
+    reached = all(row["reached"] for row in rows)
+    limit = None if reached or rows[0]["backend"] == "core" else limits.get(_call_of(rows[0]))
+    least = "" if limit is None else f"; limit {_ratios(limit)}"
+    return f"{runs} (bar {rows[0]['bar']:.2f} {_MARKS[reached]}{least})"
+
+
+def _ratios(rows: list[Row]) -> str:
+    return " ".join(f"{row['ratio']:.2f}" for row in rows)
 
 
 def _job(rows: list[Row]) -> list[str]:
-    cell, measured = _cell(rows), [row for row in rows if row.get("megabytes") is not None]  # some runs go without
+    cell, measured = _cell(rows, {}), [row for row in rows if row.get("megabytes") is not None]  # some runs go without
     if measured:
         cell += f"; at most {max(row['megabytes'] for row in measured):.0f} MB"
         if "memory_bar" in measured[0]:
