@@ -25,8 +25,8 @@ Limits = dict[tuple[str, ...], list[Row]]
 def main(runs: tuple[Path, ...], page: Path) -> None:
     """Put the figures of RUNS (JSON files of `python -m benchmarks --json`) between the page's two marks.
 
-    A cell has each run's median ratio, then the bar, whether every run reached it, and, where not, the ratio of what was
-    timed as the least that such a call can take.
+    A cell has each run's median ratio, then the bar, whether every run reached it, and, where not, the ratio of
+    what was timed as the least that such a call can take.
     """
     documents = [json.loads(run.read_text("utf-8")) for run in runs]
     found: dict[str, list[Row]] = {}
