@@ -32,12 +32,13 @@ def normalized(
         count = elements(x) // spec.num_features
         present = None if call.plan.count is not None else tf.size(x) > 0
         if spec.renorm is None:
-            y, *statistics = kernel.by_batch(values, scale, offset, spec.epsilon, count)
+            y, *found = kernel.by_batch(values, scale, offset, spec.epsilon, count)
         else:
             mean, stddev = (number(each, tf.float32) for each in (state.renorm_mean, state.renorm_stddev))
             correct = partial(corrections, mean=mean, stddev=stddev, epsilon=spec.epsilon, clips=call.clips)
-            y, *statistics = kernel.by_corrected(values, scale, offset, spec.epsilon, count, correct)
-        batch = Moments(*statistics, present)
+            y, *found = kernel.by_corrected(values, scale, offset, spec.epsilon, count, correct)
+        shift, rest, variance, unbiased = found
+        batch = Moments(shift, rest, variance, unbiased, present)
     else:
         mean, variance = (number(moving, tf.float32) for moving in (state.moving_mean, state.moving_variance))
         y = kernel.by_given(flat, mean, variance, scale, offset, spec.epsilon)

@@ -40,69 +40,8 @@ def by_batch(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, 
         y, of x's shape; shift and rest, whose sum is the mean; the biased and the unbiased variance, which are 0 of a
         single element. Only y has a gradient.
     """
-    y, *statistics = _by_parts(x, 1, 0, scale, offset, epsilon, count)
+    y, *statistics = _by_kernels(x, 1, 0, scale, offset, epsilon, count)
     return y, *(tf.reshape(each, (-1,)) for each in statistics)
-
-
-def by_ghosts(
-    x: tf.Tensor, axis: int, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, count: Any
-) -> tuple[tf.Tensor, ...]:
-    """Normalize each ghost batch by its own statistics: a kernel for each, after one look at all of them.
-
-    Args:
-        x: of shape (G, 1, M, C) or (M, G, L, C), float32.
-        axis: that of the ghost batches.
-        scale, offset: of shape (C,), float32.
-        epsilon: added to the variance.
-        count: of each ghost batch, an integer or an integer scalar.
-
-    Returns:
-        as `by_batch`, the statistics of shape (G, C).
-    """
-    return _by_parts(x, x.shape[axis], axis, scale, offset, epsilon, count)
-
-
-def _by_parts(
-    x: tf.Tensor, number: int, axis: int, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, count: Any
-) -> tuple[tf.Tensor, ...]:
-    """What `by_ghosts` returns, of so many equal parts on this axis."""
-
-    def apart(whole: tf.Tensor) -> list[tf.Tensor]:
-        return [whole] if number == 1 else tf.split(whole, number, axis)
-
-    def together(parts: Tensors) -> tf.Tensor:
-        return parts[0] if number == 1 else tf.concat(parts, axis)
-
-    def forward(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[Tensors, Tensors]:
-        def called(parts: Tensors) -> list[list[tf.Tensor]]:
-            return [list(_called(part, scale, offset, epsilon)) for part in parts]
-
-        given, safe = apart(x), _two_pass(x)
-        first = called(given)
-        means, variances = (tf.stack([each[i] for each in first]) for i in (1, 2))
-        near = safe & _near(means, variances)
-        parts, shifts = _moved(
-            near,
-            given,
-            lambda: [_shift(*each, safe) for each in zip(given, tf.unstack(means), tf.unstack(variances), strict=True)],
-        )
-        found = tf.cond(near, lambda: first, lambda: called(parts))
-        ys, rests, variances, *reserved = zip(*found, strict=True)
-        if not reserved:
-            reserved = [rests, [each * _freedom(count) for each in variances], [tf.zeros(0)] * number]
-        return (together(ys), *map(tf.stack, (shifts, rests, variances))), [*parts, *chain(*reserved)]
-
-    def backward(dy: tf.Tensor, kept: Tensors, *sources: tf.Tensor) -> Tensors:
-        parts, *reserved = (kept[i : i + number] for i in range(0, 4 * number, number))
-        found = [
-            _gradient(along, part, sources[1], epsilon, *rest)
-            for along, part, *rest in zip(apart(dy), parts, *reserved, strict=True)
-        ]
-        dxs, dscales, doffsets = zip(*found, strict=True)
-        return together(dxs), tf.add_n(dscales), tf.add_n(doffsets)
-
-    y, shift, rest, unbiased = differentiable(forward, backward, (x, scale, offset))
-    return y, shift, rest, unbiased * _freedom(count), unbiased
 
 
 def by_corrected(
@@ -115,8 +54,7 @@ def by_corrected(
 ) -> tuple[tf.Tensor, ...]:
     """Normalize by the batch's statistics, and correct that: scale (xhat r + d) + offset, with r and d constant.
 
-    The statistics are known before y is, so sums take them. E[x^2] - E[x]^2 is off by K u (m^2 + v): where |m| <= 2 sd,
-    by 5 times what two passes are off by. Elsewhere the kernel takes them. Either way its gradient is that of y.
+    Not for a GPU, whose kernel's gradient wants to know something else.
 
     Args:
         x: of shape (N, H, W, C), float32.
@@ -128,30 +66,110 @@ def by_corrected(
     Returns:
         as `by_batch`.
     """
-    n = tf.cast(at_least_one(count), tf.float32)
 
     def forward(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[Tensors, Tensors]:
-        mean = total(x) / n
-        variance = total_of_products(x, x) / n - tf.square(mean)
-        near = tf.reduce_all(tf.square(mean) <= _NEAR_SQUARES**2 * variance)
-
-        def called(x: tf.Tensor) -> list[tf.Tensor]:
-            _, mean, unbiased, *_ = _called(x, scale, offset, epsilon)
-            return [mean, unbiased * _freedom(count)]
-
-        [moved], [shift] = _moved(near, [x], lambda: [_shift(x, *called(x), _two_pass(x))])
-        rest, variance = tf.cond(near, lambda: [mean, variance], lambda: called(moved))
+        moved, shift, rest, variance = _by_sums(x, count)
         r, d = corrections(shift, rest, variance)
         y = affine(moved, scale * r / tf.sqrt(variance + tf.constant(epsilon)), offset + scale * d, rest)
         return (y, shift, rest, variance), (moved, rest, variance, r, d)
 
     def backward(dy: tf.Tensor, kept: Tensors, *sources: tf.Tensor) -> Tensors:
         moved, rest, variance, r, d = kept
-        dx, dgain, doffset = _gradient(dy, moved, sources[1] * r, epsilon, rest, variance, tf.zeros(0))
+        dx, dgain, doffset = _gradient(dy, moved, sources[1] * r, epsilon, *_reserved(rest, variance))
         return dx, r * dgain + d * doffset, doffset
 
     y, shift, rest, biased = differentiable(forward, backward, (x, scale, offset))
     return y, shift, rest, biased, biased / _freedom(count)
+
+
+def by_ghosts(
+    x: tf.Tensor, axis: int, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, count: Any
+) -> tuple[tf.Tensor, ...]:
+    """Normalize each ghost batch by its own statistics: a kernel for each, and one look at what all of them found.
+
+    Args:
+        x: of shape (G, 1, M, C) or (M, G, L, C), float32.
+        axis: that of the ghost batches.
+        scale, offset: of shape (C,), float32.
+        epsilon: added to the variance.
+        count: of each ghost batch, an integer or an integer scalar.
+
+    Returns:
+        as `by_batch`, the statistics of shape (G, C).
+    """
+    return _by_kernels(x, x.shape[axis], axis, scale, offset, epsilon, count)
+
+
+def _by_kernels(
+    x: tf.Tensor, number: int, axis: int, scale: tf.Tensor, offset: tf.Tensor, epsilon: float, count: Any
+) -> tuple[tf.Tensor, ...]:
+    """What `by_ghosts` returns, of so many equal parts on this axis."""
+
+    def forward(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor) -> tuple[Tensors, Tensors]:
+        def called(parts: Tensors) -> list[list[tf.Tensor]]:
+            return [list(_called(part, scale, offset, epsilon)) for part in parts]
+
+        given, safe = _apart(x, number, axis), _two_pass(x)
+        first = called(given)
+        means, variances = ([each[i] for each in first] for i in (1, 2))
+        # Where a variance is off because the mean is, it is far less than that mean's square. What is not finite is not
+        # far: nothing would help it.
+        far = tf.square(tf.stack(means)) > _NEAR**2 * tf.stack(variances)
+        near = safe & tf.math.logical_not(tf.reduce_any(far))
+
+        def shifts() -> Tensors:
+            return [_shift(*each, safe) for each in zip(given, means, variances, strict=True)]
+
+        moved, shift = _moved(near, given, [tf.zeros_like(scale)] * number, shifts)
+        found = tf.cond(near, lambda: first, lambda: called(moved))
+        ys, rests, variances, *reserved = map(list, zip(*found, strict=True))
+        if not reserved:
+            reserved = [rests, [each * _freedom(count) for each in variances], [tf.zeros(0)] * number]
+        return (_together(ys, axis), *map(tf.stack, (shift, rests, variances))), [*moved, *chain(*reserved)]
+
+    def backward(dy: tf.Tensor, kept: Tensors, *sources: tf.Tensor) -> Tensors:
+        moved, *reserved = (kept[i : i + number] for i in range(0, 4 * number, number))
+        each = zip(_apart(dy, number, axis), moved, *reserved, strict=True)
+        found = [_gradient(along, part, sources[1], epsilon, *of_one) for along, part, *of_one in each]
+        dxs, dscales, doffsets = zip(*found, strict=True)
+        return _together(dxs, axis), tf.add_n(dscales), tf.add_n(doffsets)
+
+    y, shift, rest, unbiased = differentiable(forward, backward, (x, scale, offset))
+    return y, shift, rest, unbiased * _freedom(count), unbiased
+
+
+def _apart(x: tf.Tensor, number: int, axis: int) -> Tensors:
+    parts: Tensors = [x] if number == 1 else tf.split(x, number, axis)
+    return parts
+
+
+def _together(parts: Tensors, axis: int) -> tf.Tensor:
+    return parts[0] if len(parts) == 1 else tf.concat(parts, axis)
+
+
+def _by_sums(x: tf.Tensor, count: Any) -> tuple[tf.Tensor, ...]:
+    """x, or x less the shift; shift, rest and biased variance, of shape (C,), without gradient.
+
+    E[x^2] - E[x]^2 is off by K u (m^2 + v): where every |m| <= 2 sd, by 5 times what two passes are off by. Elsewhere
+    the kernel takes them.
+    """
+    n = tf.cast(at_least_one(count), tf.float32)
+    mean = total(x) / n
+    variance = total_of_products(x, x) / n - tf.square(mean)
+    near = tf.reduce_all(tf.square(mean) <= _NEAR_SQUARES**2 * variance)
+    ones = tf.ones_like(mean)
+
+    def called(x: tf.Tensor) -> list[tf.Tensor]:
+        _, mean, unbiased, *_ = _called(x, ones, ones, 1.0)
+        return [mean, unbiased * _freedom(count)]
+
+    def shifts() -> Tensors:
+        mean, variance = called(x)
+        return [_shift(x, mean, variance, _two_pass(x))]
+
+    [moved], [shift] = _moved(near, [x], [tf.zeros_like(mean)], shifts)
+    rest, variance = tf.cond(near, lambda: [mean, variance], lambda: called(moved))
+    return moved, shift, rest, variance
 
 
 def _called(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, ...]:
@@ -173,6 +191,11 @@ def _gradient(dy: tf.Tensor, x: tf.Tensor, scale: tf.Tensor, epsilon: float, *re
         epsilon=epsilon,
     )[:3]  # fmt: skip
     return found
+
+
+def _reserved(mean: tf.Tensor, variance: tf.Tensor) -> Tensors:
+    """What the kernel's gradient needs on a CPU."""
+    return mean, variance, tf.zeros(0)
 
 
 def _freedom(count: Any) -> tf.Tensor:
@@ -216,20 +239,9 @@ def affine(x: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor, origin: tf.Tensor)
     )[0]  # fmt: skip
 
 
-def _near(means: tf.Tensor, variances: tf.Tensor) -> tf.Tensor:
-    """Whether 0 is near enough to every mean for the kernel.
-
-    Where its variance is off because its mean is, that variance is far less than the mean's square. What is not finite
-    is not far: nothing would help it.
-    """
-    return tf.math.logical_not(tf.reduce_any(tf.square(means) > _NEAR**2 * variances))
-
-
-def _moved(near: tf.Tensor, parts: Tensors, shifts: Callable[[], Tensors]) -> tuple[Tensors, Tensors]:
-    """The parts, or where 0 is not near the parts less their shifts; and the shifts, without gradient."""
-    none = [tf.zeros(part.shape[-1]) for part in parts]
-    found: Tensors = tf.cond(near, lambda: none, shifts)
-    found = [tf.stop_gradient(each) for each in found]
+def _moved(near: tf.Tensor, parts: Tensors, none: Tensors, shifts: Callable[[], Tensors]) -> tuple[Tensors, Tensors]:
+    """The parts, or where 0 is not near the parts less their shifts; and the shifts, or none, without gradient."""
+    found = [tf.stop_gradient(each) for each in tf.cond(near, lambda: none, shifts)]
     # Either way x's gradient is what comes in: a branch that did not use x would cost zeros of its size.
     moved = tf.cond(near, lambda: parts, lambda: [part - each for part, each in zip(parts, found, strict=True)])
     for part, like in zip(moved, parts, strict=True):

@@ -13,7 +13,7 @@ from bnlayer_conformance import runner, vector
 
 tf = pytest.importorskip("tensorflow")
 
-from bnlayer_tensorflow import batch_norm, kernel  # noqa: E402
+from bnlayer_tensorflow import batch_norm, kernel, totals  # noqa: E402
 from bnlayer_tensorflow.paths import PATHS  # noqa: E402
 
 LARGE, SMALL = (32, 16, 16, 16), (8, 4, 4, 4)
@@ -199,6 +199,75 @@ def test_the_guards_keep_results_within_bounds_for_any_data(path, axis, kind, wh
     assert (abs(variance - want_variance) <= of_variance).all()
     assert (abs(y - want_y) <= of_y).all()
     np.testing.assert_allclose(dx, want_dx, atol=np.maximum(1e-4, of_y.max()) * abs(want_dx).max())
+
+
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        *(("graph", kind) for kind in ("0", "2", "30", "1e4", "constant", "misleading")),
+        ("eager", "1e4"),
+        ("unknown lengths", "0"),
+        ("unknown lengths", "1e4"),
+        ("compiled unseen", "2"),
+        ("compiled unseen", "1e4"),
+    ],
+)
+def test_renorm_through_the_kernel_is_within_the_bounds_for_any_data(where, kind):
+    """Its statistics are known before y is: by sums near 0, and by the kernel elsewhere. Clipped so, it is the plain
+    formula, with derivatives of its own."""
+    x, dy = data(kind)
+    spec = BatchNormSpec(8, epsilon=1e-3, renorm=Renorm(r_max=1.0, r_min=1.0, d_max=0.0, decay=0.0))
+    state = BatchNormState.initial(spec)
+
+    def call(x):
+        y, after = batch_norm(x, state, spec, training=True)
+        return y, after.renorm_mean, after.renorm_stddev
+
+    if where == "unknown lengths":
+        call = tf.function(call, autograph=False, input_signature=[tf.TensorSpec([None, None, None, 8])])
+    elif where == "compiled unseen":
+        call = tf.function(call, autograph=False)
+
+    def step(x, dy):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                results = call(x)
+            dx = tape.gradient(results[0], x, dy)
+        return *results, dx, outer.gradient(dx, x, dy)
+
+    with PATHS.forced("fused") as taken:
+        compiled = where == "compiled unseen"
+        if compiled:
+            call(tf.constant(x))
+        whole = step if where == "eager" else tf.function(step, autograph=False, jit_compile=compiled)
+        y, mean, stddev, dx, ddx = (each.numpy().astype("f8") for each in whole(tf.constant(x), tf.constant(dy)))
+    assert set(taken) == {"fused"}
+    with PATHS.forced("composite"):
+        want_ddx = tf.function(step, autograph=False)(tf.constant(x), tf.constant(dy))[-1]
+    want_y, want_dx, want_mean, want_variance, of_y, of_mean, of_variance = exact(x, dy, spec.epsilon)
+    assert (abs(mean - want_mean) <= of_mean + 2.0**-23 * abs(want_mean)).all()
+    of_stddev = of_variance / (2 * np.sqrt(want_variance + spec.epsilon))
+    assert (abs(stddev - np.sqrt(want_variance + spec.epsilon)) <= of_stddev + 2.0**-22 * stddev).all()
+    assert (abs(y - want_y) <= of_y).all()
+    np.testing.assert_allclose(dx, want_dx, atol=np.maximum(1e-4, of_y.max()) * abs(want_dx).max())
+    if kind != "constant":  # there its terms are the rounding of others
+        np.testing.assert_allclose(ddx, want_ddx, atol=np.maximum(1e-3, 10 * of_y.max()) * abs(want_ddx).numpy().max())
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 4099, 12544, 65536])
+@pytest.mark.parametrize("known", [True, False])
+def test_totals_of_any_number_of_positions(n, known):
+    a = np.random.default_rng(14).normal(size=(n, 1, 1, 3)).astype("f4")
+    if known and n != 4099:  # on terms that are all alike, sums one after the other drift; of a prime nothing else is
+        a[..., 1] = 0.1
+    signature = [tf.TensorSpec(a.shape if known else [None, 1, 1, 3])]
+    found = tf.function(lambda a: (totals.total(a), totals.total_of_products(a, a)), input_signature=signature)(a)
+    wide = a.reshape(-1, 3).astype("f8")
+    wanted, sizes = (wide.sum(0), (wide**2).sum(0)), (abs(wide).sum(0), (wide**2).sum(0))
+    for got, want, size in zip(found, wanted, sizes, strict=True):
+        assert (abs(got.numpy() - want) <= (8 + np.sqrt(n)) * 2.0**-24 * size).all()
 
 
 @pytest.mark.parametrize(
