@@ -18,7 +18,6 @@ from .cases import NDArray
 
 GHOSTS: Final = 4
 _BLOCK: Final = 1 << 19
-_WHOLE: Final = 1 << 22
 _FEW_ROWS: Final = (64, 49)  # of one product of matrices, which may add them one after the other
 Gradients = tuple[Tensor, Tensor, Tensor]
 _ops: Final = torch.ops.aten
@@ -120,9 +119,9 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten(2) if x.is_contiguous() else x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _blocks(x: Tensor, whole: int = 0) -> int:
+def _blocks(x: Tensor) -> int:
     """Rows of a block."""
-    return len(x) if x.numel() <= whole else max(1, len(x) * _BLOCK // x.numel())
+    return max(1, len(x) * _BLOCK // x.numel())
 
 
 def _kernel_into(y: Tensor, x: Tensor, *given: Any) -> None:
@@ -176,7 +175,7 @@ def _weighted(epsilon: float, weights: Tensor, x: Tensor, gamma: Tensor, beta: T
 
 
 def _sums_of_rows(x: Tensor, w: Tensor, boolean: bool) -> tuple[Tensor, Tensor]:
-    rows = _blocks(x, _WHOLE)
+    rows = _blocks(x)
     found, room = x.new_empty(2, *x.shape[:2]), torch.empty_like(x[:rows])
     for some, its, total, squares in zip(*(torch.split(t, rows) for t in (x, w, *found)), strict=True):
         part = torch.mul(some, its, out=room[: len(some)])

@@ -8,7 +8,7 @@ processor's caches, and ten of them would take as long as a pass over ten megaby
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -27,9 +27,6 @@ _WIDEST: Final = 1 << 12
 _FEW_ROWS: Final = 64
 # Up to so many elements what counts is the number of operations.
 _SMALL: Final = 1 << 17
-# Up to so many, rows are summed up with less delay in one block (measured: a fifth to a quarter, at 12 MB with a last
-# cache of 32).
-_WHOLE: Final = 1 << 22
 
 # Sums of squares lose m^2/v roundings in the variance. Up to these ratios the variance is as accurate as its bound,
 # K = 8 + sqrt(n) roundings: in one pass it is off by about 2 (1 + m^2/v) of them, in two by the square of the mean's
@@ -129,12 +126,10 @@ def _weighted_columns(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
 def _weighted_rows(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
     """The sums of (N, C, L)."""
     total = x.new_empty(2, *x.shape[:2])
-    every: Sequence[Sequence[Tensor]]
-    if x.numel() <= _WHOLE:
-        room, every = torch.empty_like(x), [[x], [shares.relative], *([t] for t in total)]
-    else:
-        room, every = room_for_block(x), [in_blocks(t, like=x) for t in (x, shares.relative, *total)]
-    for some, weights, its_total, its_squares in zip(*every, strict=True):
+    room = room_for_block(x)
+    for some, weights, its_total, its_squares in zip(
+        in_blocks(x), in_blocks(shares.relative, like=x), *(in_blocks(t, like=x) for t in total), strict=True
+    ):
         part = torch.mul(some, weights, out=room[: len(some)])
         torch.sum(part, -1, out=its_total)
         if shares.boolean:
