@@ -97,7 +97,8 @@ def by_ghosts(
     Returns:
         as `by_batch`, the statistics of shape (G, C).
     """
-    return _by_kernels(x, x.shape[axis], axis, scale, offset, epsilon, count)
+    number: Any = x.shape[axis]
+    return _by_kernels(x, number, axis, scale, offset, epsilon, count)
 
 
 def _by_kernels(
