@@ -52,7 +52,10 @@ def _figures(found: dict[str, list[Row]], machine: dict[str, str]) -> Iterable[s
     if core:
         yield from _table(("the core", "against", "runs"), (_job(rows) for rows in core))
     layers = [rows for rows in found.values() if rows[0]["backend"] != "core"]
-    limits = {_call_of(rows[0]): rows for rows in layers if _LIMIT in rows[0]["peer"]}
+    limits: Limits = {}
+    for rows in layers:
+        if _LIMIT in rows[0]["peer"]:
+            limits[_call_of(rows[0])] = min(limits.get(_call_of(rows[0]), rows), rows, key=_mean)
     for suite in dict.fromkeys(rows[0]["suite"] for rows in layers):
         of_suite = [rows for rows in layers if rows[0]["suite"] == suite]
         for peer in dict.fromkeys(rows[0]["peer"] for rows in of_suite):
@@ -101,6 +104,10 @@ def _cell(rows: list[Row], limits: Limits) -> str:
     limit = None if reached or rows[0]["backend"] == "core" else limits.get(_call_of(rows[0]))
     least = "" if limit is None else f"; limit {_ratios(limit)}"
     return f"{runs} (bar {rows[0]['bar']:.2f} {_MARKS[reached]}{least})"
+
+
+def _mean(rows: list[Row]) -> float:
+    return sum(float(row["ratio"]) for row in rows) / len(rows)
 
 
 def _ratios(rows: list[Row]) -> str:
