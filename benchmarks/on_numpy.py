@@ -83,14 +83,14 @@ def _axis(layout: str) -> int:
 def _against_textbook(
     mode: Mode, layout: str, shape: Shape, dtype: str, bar: float | None, *, mean: float = 0.5, simplified: bool = False
 ) -> Case:
-    make = partial(_textbook, mode, shape, _axis(layout), dtype, mean, simplified)
+    make = partial(textbook, mode, shape, _axis(layout), dtype, mean, simplified)
     special = "" if mean < 1 else f", mean {mean:g}"
     return Case(
         "numpy", "textbook, simplified" if simplified else "textbook", mode, dtype, layout + special, shape, bar, make
     )
 
 
-def _textbook(mode: Mode, shape: Shape, axis: int, dtype: str, mean: float, simplified: bool) -> Pair:
+def textbook(mode: Mode, shape: Shape, axis: int, dtype: str, mean: float, simplified: bool) -> Pair:
     x, dy = data(shape, dtype, mean=mean)
     values = {**parameters(shape[axis]), "moving_mean": np.full(shape[axis], mean, np.float32)}
     ours = _ours(mode, shape, axis, x, dy, values)

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
+from benchmarks import steps  # noqa: E402
 from benchmarks.backends import SUITES  # noqa: E402
 from benchmarks.cases import Case, Job, Pair  # noqa: E402
 from benchmarks.timing import ratio  # noqa: E402
@@ -48,6 +50,13 @@ def test_a_run_has_a_table_figures_and_a_picture(tmp_path: Path) -> None:
     assert row["memory"] is None or row["memory"] > 0
     assert document["machine"]["numpy"] == np.__version__
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_steps_of_a_small_call_are_shown() -> None:
+    shown = CliRunner().invoke(steps.main, ["--rounds", "20"])
+    assert shown.exit_code == 0, shown.output
+    for mode in ("eval", "train", "grad"):
+        assert f"{mode}: the textbook takes" in shown.output
 
 
 def test_results_that_differ_are_never_timed() -> None:
