@@ -12,7 +12,9 @@ from . import layout
 from .layout import NDArray, fold
 from .sums import ones
 
-_LONGEST_SUM: Final = 128  # numbers in one sum in the arithmetic; see `blocked` for what such a sum loses
+# Numbers in one sum in the arithmetic. Five times the error of such a sum of squares (see `blocked`) is 5 sqrt(128)/3,
+# that is 19 roundings, and K = 8 + sqrt(n) is as many where n is 128; of fewer numbers it is less.
+_LONGEST_SUM: Final = 128
 
 
 def rows_of(arithmetic: np.dtype[Any], *views: NDArray) -> tuple[NDArray, ...] | None:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bnlayer import BatchNormSpec, BatchNormState, Renorm
+from bnlayer import BatchNormSpec, BatchNormState, InputError, Renorm
 from bnlayer_conformance import runner, vector
 from bnlayer_numpy import (
     Cache,
@@ -299,3 +299,13 @@ def test_the_path_is_named() -> None:
         batch_norm_forward(x, state_of(spec), spec, training=True, adjustment=(ones, ones))
         batch_norm_forward(x[:0], state_of(spec), spec, training=True)
     assert taken == {"blocked": 1, "definition": 2}
+
+
+def test_numpy_s_own_settings_are_as_they_were() -> None:
+    before = np.getbufsize(), np.geterr()
+    x = np.ones((64, 3), np.float32)
+    run(x, BatchNormSpec(3))
+    run(x, BatchNormSpec(3, virtual_batch_size=16))
+    with pytest.raises(InputError):
+        run(x, BatchNormSpec(4))
+    assert (np.getbufsize(), np.geterr()) == before

@@ -19,6 +19,21 @@ from bnlayer_tensorflow.paths import PATHS  # noqa: E402
 LARGE, SMALL = (32, 16, 16, 16), (8, 4, 4, 4)
 
 
+def to_second_order(call):
+    """What the call gives of x, dx along dy, and what follows from that along dy."""
+
+    def step(x, dy):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                results = call(x)
+            dx = tape.gradient(results[0], x, dy)
+        return *results, dx, outer.gradient(dx, x, dy)
+
+    return step
+
+
 @pytest.mark.parametrize("path", PATHS.names)
 def test_a_path_over_every_vector(path):
     target = runner.find("tensorflow", bnlayer.backend)
@@ -228,15 +243,7 @@ def test_renorm_through_the_kernel_is_within_the_bounds_for_any_data(where, kind
     elif where == "compiled unseen":
         call = tf.function(call, autograph=False)
 
-    def step(x, dy):
-        with tf.GradientTape() as outer:
-            outer.watch(x)
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                results = call(x)
-            dx = tape.gradient(results[0], x, dy)
-        return *results, dx, outer.gradient(dx, x, dy)
-
+    step = to_second_order(call)
     with PATHS.forced("fused") as taken:
         compiled = where == "compiled unseen"
         if compiled:
@@ -299,15 +306,7 @@ def test_ghost_batches_through_the_kernel(layout, kind, where):
     elif where == "compiled unseen":
         call = tf.function(call, autograph=False)
 
-    def step(x, dy):
-        with tf.GradientTape() as outer:
-            outer.watch(x)
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                results = call(x)
-            dx = tape.gradient(results[0], x, dy)
-        return *results, dx, outer.gradient(dx, x, dy)
-
+    step = to_second_order(call)
     with PATHS.forced("fused") as taken:
         if where == "compiled unseen":
             call(tf.constant(x))
