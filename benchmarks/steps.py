@@ -52,6 +52,7 @@ def _steps() -> dict[Any, list[tuple[str, Callable[[], object]]]]:
     assert found is not None
     rows, room, along = found
     mean, variance = (np.asarray(each, np.float64) for each in (state.moving_mean, state.moving_variance))
+    standardized_by = partial(blocked.standardized_by, mean, variance, _EPSILON, "float32")
 
     def sums(first: NDArray, second: NDArray) -> None:
         at_once.total(first, channels)
@@ -71,14 +72,14 @@ def _steps() -> dict[Any, list[tuple[str, Callable[[], object]]]]:
         "eval": [
             ("the whole call", partial(forward, training=False)),
             ("x scale + offset", apply),
-            ("1/sd, and whether float32 holds it", partial(blocked.scaling_of, mean, variance, _EPSILON, "float32")),
+            ("1/sd, and whether float32 holds it, of a new state", standardized_by),
         ],
         "train": [
             ("the whole call", partial(forward, training=True)),
             ("sum(x), sum(x^2)", partial(sums, rows, rows)),
             ("x scale + offset", apply),
             ("the averages, and the new state", partial(averages.updated, state, batch, spec, plan)),
-            ("1/sd, and whether it may be trusted", partial(blocked.scaling_of, mean, variance, _EPSILON, "float32")),
+            ("1/sd, and whether it may be trusted", standardized_by),
         ],
         "grad": [
             ("forward and backward", lambda: batch_norm_backward(dy, forward(training=True)[2])),

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from . import layout
-from .layout import NDArray, fold
+from .layout import WIDE, NDArray
 from .sums import ones
 
 # Numbers in one sum in the arithmetic. Five times the error of such a sum of squares (see `blocked`) is 5 sqrt(128)/3,
@@ -25,7 +25,7 @@ def rows_of(arithmetic: np.dtype[Any], *views: NDArray) -> tuple[NDArray, ...] |
         return None
     if any(view.dtype != arithmetic or not view.flags.c_contiguous for view in views):
         return None
-    rows = _rows(n, c)
+    rows = n // side(n, c, WIDE)
     return tuple(view.reshape(rows, -1) for view in views) if rows <= _LONGEST_SUM else None
 
 
@@ -39,14 +39,26 @@ def total(rows: NDArray, channels: int, weights: NDArray | None = None) -> NDArr
 
 def spread(values: NDArray, rows: NDArray) -> NDArray:
     """Per-channel values, float64, in the rows' dtype and for all positions of a row."""
-    made = np.empty((rows.shape[1] // len(values), len(values)), rows.dtype)
+    return repeated(values, rows.shape[1] // len(values), rows.dtype)
+
+
+def repeated(values: NDArray, times: int, dtype: np.dtype[Any]) -> NDArray:
+    """Per-channel values for so many positions side by side."""
+    made = np.empty((times, len(values)), dtype)
     made[...] = values
     return made.reshape(-1)
 
 
+def apply(rows: NDArray, out: NDArray, scale: NDArray, offset: NDArray) -> None:
+    """out = rows scale + offset, by scale and offset of as many positions side by side as a row has."""
+    np.multiply(rows, scale, out=out)
+    np.add(out, offset, out=out)
+
+
 @lru_cache(maxsize=256)
-def _rows(positions: int, channels: int) -> int:
-    side = fold(channels)
-    while positions % side:
-        side //= 2
-    return positions // side
+def side(positions: int, channels: int, length: int) -> int:
+    """How many positions side by side, a power of 2 that divides them all, make a row of this length; or fewer."""
+    found = 1
+    while found * channels < length and positions % (2 * found) == 0:
+        found *= 2
+    return found

@@ -12,8 +12,8 @@ conformance suite) and s the shift:
 * y = (x-s) scale + offset, with offset = beta - (m-s) scale from float64, is off by u |gamma| (|xhat| + 2 |m-s|/sd),
   and |m-s| <= 2 sd, or 4 sd where moving statistics normalize.
 
-Trusted numbers lie where neither squares nor scales can leave the range of float32; `moments`, `scaling_of`,
-`normalize` and `gradients` say so by None or False where they do not, and the definition takes over.
+Trusted numbers lie where neither squares nor scales can leave the range of float32; `moments`, `standardized_by`,
+`scaled` and `gradients` say so by None where they do not, and the definition takes over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -49,10 +49,20 @@ SAMPLE: Final = 32
 _PLACES: Final = (np.arange(SAMPLE) + np.arange(SAMPLE) * 0.6180339887498949 % 1.0) / SAMPLE
 
 
+class Standard(NamedTuple):
+    """xhat = ((x - shift) - rest) rstd, as in `Scaling`; `wide`: some variance is so large that a scale may be too
+    small for float32."""
+
+    shift: NDArray | None
+    rest: NDArray
+    rstd: NDArray
+    wide: bool
+
+
 def moments(
     rows: NDArray, layout: Layout, weights: Weights | None, spec: BatchNormSpec, arithmetic: str
-) -> tuple[NDArray, NDArray, Scaling] | None:
-    """Mean and biased variance, float64 (C,), and what normalizes with them; None where they cannot be trusted.
+) -> tuple[NDArray, NDArray, Standard] | None:
+    """Mean and biased variance, float64 (C,), and what standardizes x; None where they cannot be trusted.
 
     Args:
         rows: of a view of x, not empty.
@@ -69,9 +79,9 @@ def moments(
     return found
 
 
-def scaling_of(mean: NDArray, variance: NDArray, epsilon: float, arithmetic: str) -> Scaling | None:
-    """What normalizes with moving statistics, (C,) and float64; None where that is for the definition."""
-    found = _scaling(None, mean, variance, epsilon)
+def standardized_by(mean: NDArray, variance: NDArray, epsilon: float, arithmetic: str) -> Standard | None:
+    """What standardizes x by moving statistics, (C,) and float64; None where that is for the definition."""
+    found = _standard(None, mean, variance, epsilon)
     if found is None:
         return None
     far = mean * found.rstd
@@ -81,22 +91,41 @@ def scaling_of(mean: NDArray, variance: NDArray, epsilon: float, arithmetic: str
     return found._replace(shift=shift, rest=mean - shift) if np.isfinite(shift).all() else None
 
 
+def scaled(
+    standard: Standard, gamma: NDArray | None, beta: NDArray | None, correction: tuple[NDArray, NDArray] | None
+) -> Scaling | None:
+    """What is done to x in all; None where float32 may not hold its scale.
+
+    Args:
+        standard: what standardizes x.
+        gamma, beta: (C,).
+        correction: r and d of batch renormalization.
+    """
+    shift, rest, rstd, wide = standard
+    scale: NDArray = rstd if gamma is None else rstd * gamma
+    if correction is not None:
+        r, d = (each.reshape(-1) for each in correction)
+        beta_of_d = d if gamma is None else d * gamma
+        beta = beta_of_d if beta is None else beta_of_d + beta
+        scale = scale * r
+    if not scale.dot(scale) <= LARGEST_SCALE**2:
+        return None
+    if wide and (np.abs(scale[scale != 0.0]) < LEAST_SCALE).any():
+        return None
+    offset = rest * scale
+    return Scaling(shift, rest, rstd, scale, np.negative(offset, out=offset) if beta is None else beta - offset)
+
+
 def normalize(x: NDArray, y: NDArray, cache: Cache, part: Part) -> bool:
     """Write the part's rows of y; False where that is for the definition. x and y are views of the cache's layout."""
     scaling, arithmetic = part.scaling, np.dtype(cache.plan.arithmetic)
-    scale = None if scaling is None else _scale(cache, part, scaling)
-    if scaling is None or scale is None:
+    if scaling is None:
         return False
-    view, target, shift = joined(x[part.rows]), joined(y[part.rows]), scaling.shift
-    offset = -scaling.rest * scale
-    if cache.spec.renorm is not None:
-        offset += _flat(part.d) if cache.gamma is None else _flat(part.d) * cache.gamma
-    if cache.beta is not None:
-        offset += cache.beta
+    view, target = joined(x[part.rows]), joined(y[part.rows])
+    shift, scale, offset = scaling.shift, scaling.scale, scaling.offset
     rows = at_once.rows_of(arithmetic, view, target) if shift is None else None
     if rows is not None:
-        np.multiply(rows[0], at_once.spread(scale, rows[0]), out=rows[1])
-        np.add(rows[1], at_once.spread(offset, rows[0]), out=rows[1])
+        at_once.apply(rows[0], rows[1], at_once.spread(scale, rows[0]), at_once.spread(offset, rows[0]))
         put(target, y[part.rows])
         return True
     side = side_by_side(view, target)
@@ -131,9 +160,9 @@ def gradients(x: NDArray, dy: NDArray, dx: NDArray, cache: Cache, part: Part) ->
     dx = gamma r rstd (dy - p ((S1 - e S2) + (x - s) rstd S2)). x, dy and dx are views of the cache's layout.
     """
     scaling, arithmetic = part.scaling, np.dtype(cache.plan.arithmetic)
-    scale = None if scaling is None else _scale(cache, part, scaling)
-    if cache.layout is None or scaling is None or scale is None:
+    if cache.layout is None or scaling is None:
         return None
+    scale = scaling.scale
     view, dy, target = joined(x[part.rows]), joined(dy[part.rows]), joined(dx[part.rows])
     cut = panels(view.shape, arithmetic.itemsize, shifted=scaling.shift is not None, whole=x.size)
     s1, s2 = _gradient_sums(view, dy, target, cut, scaling, arithmetic)
@@ -281,7 +310,7 @@ def _over_channels(block: NDArray, values: NDArray) -> NDArray:
 def _moments(
     view: NDArray, shift: NDArray | None, weights: NDArray | None, spec: BatchNormSpec, arithmetic: np.dtype[Any],
     whole: int,
-) -> tuple[NDArray, NDArray, Scaling] | None:  # fmt: skip
+) -> tuple[NDArray, NDArray, Standard] | None:  # fmt: skip
     """`moments` with this shift; `whole`: numbers in the batch, of which this may be a part."""
     rows = at_once.rows_of(arithmetic, view) if shift is None else None
     if rows is None:
@@ -299,8 +328,8 @@ def _moments(
         return None
     if spec.stats_dtype == "float64" and arithmetic == np.float32 and not (variance >= LEAST_VARIANCE).all():
         return None  # in float32 the squares of such a channel may have vanished, and float64 averages show that
-    scaling = _scaling(shift, rest, variance, spec.epsilon)
-    return None if scaling is None else (rest if shift is None else shift + rest, variance, scaling)
+    standard = _standard(shift, rest, variance, spec.epsilon)
+    return None if standard is None else (rest if shift is None else shift + rest, variance, standard)
 
 
 def _panel_moments(
@@ -326,12 +355,12 @@ def _panel_moments(
     return first.channels(), second.channels()
 
 
-def _scaling(shift: NDArray | None, rest: NDArray, variance: NDArray, epsilon: float) -> Scaling | None:
+def _standard(shift: NDArray | None, rest: NDArray, variance: NDArray, epsilon: float) -> Standard | None:
     stddev = np.sqrt(variance + epsilon)
     rstd = 1.0 / stddev
     if not rstd.dot(rstd) <= 1.0 / LEAST_VARIANCE:
         return None
-    return Scaling(shift, rest, rstd, wide=not stddev.dot(stddev) <= COMMON_VARIANCE)
+    return Standard(shift, rest, rstd, wide=not stddev.dot(stddev) <= COMMON_VARIANCE)
 
 
 def _shift(view: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any], *, always: bool) -> NDArray | None:
@@ -349,18 +378,6 @@ def _shift(view: NDArray, weights: NDArray | None, arithmetic: np.dtype[Any], *,
     if not always and (mean * mean <= 0.5 * SQUARES * (np.square(sample).mean(0) - rest * rest)).all():
         return None
     return mean
-
-
-def _scale(cache: Cache, part: Part, scaling: Scaling) -> NDArray | None:
-    """gamma r rstd; None where float32 may not hold it."""
-    scale: NDArray = scaling.rstd if cache.gamma is None else scaling.rstd * cache.gamma
-    if cache.spec.renorm is not None:
-        scale = scale * _flat(part.r)
-    if not scale.dot(scale) <= LARGEST_SCALE**2:
-        return None
-    if scaling.wide and (np.abs(scale[scale != 0.0]) < LEAST_SCALE).any():
-        return None
-    return scale
 
 
 def _positions(weights: Weights, layout: Layout, view: NDArray, arithmetic: np.dtype[Any]) -> NDArray:

@@ -18,19 +18,22 @@ NDArray = np.ndarray[Any, np.dtype[Any]]
 
 
 class Scaling(NamedTuple):
-    """xhat = ((x - shift) - rest) rstd: where the shift is near the mean, x - shift loses nothing.
+    """xhat = ((x - shift) - rest) rstd, and y = (x - shift) scale + offset: where the shift is near the mean, x - shift
+    loses nothing.
 
     Attributes:
         shift: (C,), in the plan's arithmetic; None for 0, where that is near enough.
         rest: mean - shift, float64 (C,).
         rstd: 1/sqrt(variance + eps), float64 (C,).
-        wide: some variance is so large that a scale may be too small for float32.
+        scale: gamma r rstd, float64 (C,), and never too large or too small for float32.
+        offset: beta + gamma d - rest scale, float64 (C,).
     """
 
     shift: NDArray | None
     rest: NDArray
     rstd: NDArray
-    wide: bool
+    scale: NDArray
+    offset: NDArray
 
 
 class Part(NamedTuple):
@@ -56,8 +59,7 @@ class Part(NamedTuple):
     scaling: Scaling | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Cache:
+class Cache(NamedTuple):
     """What the backward pass needs of one forward pass.
 
     Attributes:

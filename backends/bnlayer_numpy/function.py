@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,16 +13,17 @@ from bnlayer.errors import InputError
 from bnlayer.spec import BatchNormSpec
 from bnlayer.state import BatchNormState, array_dtype
 
-from . import blocked, definition
+from . import at_once, blocked, definition
 from .abreast import entering, ghosts_abreast, wide_call
 from .averages import updated
 from .cache import Cache, Gradients, NDArray, Part, PartGradients
+from .evaluated import evaluated
 from .layout import BLOCK_BYTES, BUFFER, Layout, layout_of
 from .paths import PATHS
 from .renorm import corrections
 from .statistics import Moments, batch_moments, combined, completed
 from .threads import FEWEST_BLOCKS, cores, each
-from .weights import of_rows, read_weights, related, unrelated
+from .weights import checked, of_rows, read_weights, related, unrelated
 
 WHOLE = slice(None)
 
@@ -109,9 +109,14 @@ def batch_norm_forward(
             (part,) = cache.parts
             with np.errstate(all="ignore"):
                 state = updated(state, entering(part.mean, part.variance, abreast, plan), spec, plan)
-        return abreast.narrowed(y), state, replace(cache, abreast=abreast)
+        return abreast.narrowed(y), state, cache._replace(abreast=abreast)
     able = ("definition",) if (adjustment is not None and training) or x.size == 0 else ("blocked", "definition")
     layout = layout_of(x, plan.axis) if PATHS.chosen(able[0], able) == "blocked" else None
+    if layout is not None and not plan.batch_statistics and x.nbytes <= BLOCK_BYTES:
+        at_once_found = _eval_at_once(x, layout, state, spec, plan, weights)
+        if at_once_found is not None:
+            y, cache = at_once_found
+            return y, state, cache
     with np.errstate(all="ignore"):  # NaN, Inf and overflow travel into the results; the spec says what they do there
         np.setbufsize(BUFFER)  # until the end of `with`
         view = None if layout is None else layout.view(x)
@@ -204,6 +209,25 @@ def _empty(x: NDArray, layout: Layout | None) -> NDArray:
     return np.empty(x.shape, x.dtype) if layout is None else layout.empty(x.dtype)
 
 
+def _eval_at_once(
+    x: NDArray, layout: Layout, state: BatchNormState[NDArray], spec: BatchNormSpec, plan: CallPlan,
+    weights: NDArray | None,
+) -> tuple[NDArray, Cache] | None:  # fmt: skip
+    """y by the moving statistics, of a batch that is one block, channels last; None where that is for `blocked`."""
+    if layout.order is not None or layout.shape[3] != 1:
+        return None
+    mean, variance, scaling, row = evaluated(state, spec, plan.arithmetic, x.size // spec.num_features)
+    if row is None or row[0].dtype != x.dtype:
+        return None
+    w = None if weights is None else unrelated(checked(weights, plan))
+    y = np.empty(x.shape, x.dtype)
+    with np.errstate(all="ignore"):
+        at_once.apply(x.reshape(-1, len(row[0])), y.reshape(-1, len(row[0])), *row)
+    cs = plan.channel_shape
+    part = Part(WHOLE, mean.reshape(cs), variance.reshape(cs), 1.0, 0.0, None, w, scaling)
+    return y, Cache(x, state.gamma, state.beta, weights, None, (part,), plan, spec, layout)
+
+
 def _parts(
     x: NDArray,
     view: NDArray | None,
@@ -229,19 +253,20 @@ def _parts(
             w = related(held, count) if plan.batch_statistics else unrelated(held)
         # Without a single weighted element there are no batch statistics: y comes by the eval formula.
         if not plan.batch_statistics or count == 0 or (w is not None and w.total == 0):
-            mean, variance = _moving(state, spec)
-            scaling = None if layout is None else blocked.scaling_of(mean, variance, spec.epsilon, plan.arithmetic)
+            mean, variance, scaling, _ = evaluated(state, spec, plan.arithmetic, count)
             return Part(rows, mean.reshape(cs), variance.reshape(cs), 1.0, 0.0, None, w, scaling), None
         found = (
             None if layout is None or view is None else blocked.moments(view[rows], layout, w, spec, plan.arithmetic)
         )
         if found is None:
-            batch, scaling = batch_moments(of_part, plan, w), None
+            batch, standard = batch_moments(of_part, plan, w), None
         else:
-            mean, variance, scaling = found
+            mean, variance, standard = found
             batch = completed(mean.reshape(cs), variance.reshape(cs), w, count)
-        r, d = (1.0, 0.0) if limits is None or not training else corrections(state, batch, spec, limits, plan)
+        correction = None if limits is None or not training else corrections(state, batch, spec, limits, plan)
+        scaling = None if standard is None else blocked.scaled(standard, state.gamma, state.beta, correction)
         p = 1.0 / count if w is None else w.proportions
+        r, d = (1.0, 0.0) if correction is None else correction
         return Part(rows, batch.mean, batch.variance, r, d, p, w, scaling), batch
 
     found = each(plan.ghosts or (WHOLE,), part, large=_is_large(x))
@@ -252,13 +277,6 @@ def _parts(
 def _is_large(x: NDArray) -> bool:
     """Whether ghost batches of x are worth a thread."""
     return x.nbytes >= FEWEST_BLOCKS * BLOCK_BYTES * cores()
-
-
-def _moving(state: BatchNormState[NDArray], spec: BatchNormSpec) -> tuple[NDArray, NDArray]:
-    """The moving statistics, float64; mean 0 and variance 1 where none are tracked."""
-    if state.moving_mean is None or state.moving_variance is None:
-        return np.zeros(spec.num_features), np.ones(spec.num_features)
-    return state.moving_mean.astype(np.float64), state.moving_variance.astype(np.float64)
 
 
 def _shape_of_weights(plan: CallPlan) -> tuple[int, ...]:

@@ -36,14 +36,25 @@ def read_weights(weights: NDArray, plan: CallPlan) -> NDArray:
     Raises:
         InputError: a weight is negative, not finite, or not a real number.
     """
-    assert plan.weights_shape is not None
-    if weights.dtype.kind not in "biuf" and weights.dtype.name != "bfloat16":
+    return checked(weights, plan).astype(np.float64)
+
+
+def checked(weights: NDArray, plan: CallPlan) -> NDArray:
+    """Weights in the plan's `weights_shape`, of the dtype that they came in, or float64.
+
+    Raises:
+        InputError: as `read_weights`.
+    """
+    kind = weights.dtype.kind
+    if kind not in "biuf" and weights.dtype.name != "bfloat16":
         raise InputError(f"weights must be real or boolean; got {weights.dtype}.")
-    values = weights.astype(np.float64).reshape([int(length or 0) for length in plan.weights_shape])
-    if weights.dtype.kind not in "bu" and not (values.min(initial=0.0) >= 0.0 and values.max(initial=0.0) < np.inf):
-        refused = ~((values >= 0) & (values < np.inf))
-        raise InputError(f"weights must be finite and not negative; got {values[refused][0]}.")
-    return values
+    if kind == "V" or weights.dtype.itemsize > 8:
+        weights = weights.astype(np.float64)
+    if kind not in "bu" and not (weights.min(initial=0) >= 0 and weights.max(initial=0) < np.inf):
+        refused = ~((weights >= 0) & (weights < np.inf))
+        raise InputError(f"weights must be finite and not negative; got {weights[refused][0]}.")
+    assert plan.weights_shape is not None
+    return weights.reshape(plan.weights_shape)
 
 
 def of_rows(values: NDArray, rows: slice) -> NDArray:

@@ -20,8 +20,11 @@ from .weights import Shares
 
 # A sum over a row of this many elements, in vectors of 8 at the least, adds at most 2048 in a lane.
 _LONGEST_ROW: Final = 1 << 14
-# As many channels side by side torch's kernel still sums up at full speed: its sums stay in the first cache.
-_WIDEST: Final = 1 << 12
+# As many channels side by side torch's kernel still sums up at full speed: its sums stay in the first cache. (Twice as
+# many take 1.2 times as long, four times as many twice as long.)
+_WIDEST: Final = 1 << 10
+# Rows are laid side by side for as many elements of a call of the kernel.
+_SLAB: Final = 1 << 20
 
 # Rows of a product of matrices with weights: it may add them one after the other.
 _FEW_ROWS: Final = 64
@@ -89,42 +92,42 @@ def _of_shares(shares: Shares, x: Tensor, _: int) -> tuple[Tensor, Tensor]:
     What is not finite shows, as 0 times it is NaN.
     """
     of = _weighted_in_one if x.numel() <= _SMALL else _weighted_columns if x.dim() == 2 else _weighted_rows
-    total, squares = of(x, shares)
-    mean = total.double().div_(shares.total)
-    return mean, squares.double().div_(shares.total).addcmul_(mean, mean, value=-1.0).clamp_(min=0.0)
+    mean, square = of(x, shares).div_(shares.total).unbind()
+    return mean, square.addcmul_(mean, mean, value=-1.0).clamp_(min=0.0)
 
 
-def _weighted_in_one(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
+def _weighted_in_one(x: Tensor, shares: Shares) -> Tensor:
+    """The sums of x and of its squares, (2, C) of float64."""
     part = x * shares.relative
     along = 0 if x.dim() == 2 else (0, 2)
     total = part.sum(along)
-    return total, part.mul_(x).sum(along)
+    return torch.stack((total, part.mul_(x).sum(along))).double()
 
 
-def _weighted_columns(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
-    """The sums of (n, C), by products of matrices: read as fast as memory gives them."""
+def _weighted_columns(x: Tensor, shares: Shares) -> Tensor:
+    """The same of (n, C), by products of matrices: read as fast as memory gives them."""
     whole = len(x) - len(x) % _FEW_ROWS
-    total = squares = x.new_zeros((), dtype=torch.float64)
+    found = []
     for rows, weights in (
         (x[:whole].view(-1, _FEW_ROWS, x.shape[1]), shares.relative[:whole].view(-1, 1, _FEW_ROWS)),
         (x[whole:].unsqueeze(0), shares.relative[whole:].view(1, 1, -1)),
     ):
         if not rows.numel():
             continue
-        total = total + torch.bmm(weights, rows).sum((0, 1), dtype=torch.float64)
-        sums = rows.new_empty(len(rows), 1, x.shape[1])
+        sums = rows.new_empty(2, len(rows), 1, x.shape[1])
+        torch.bmm(weights, rows, out=sums[0])
         room = room_for_block(rows)
         for some, its_weights, its_sums in zip(
-            in_blocks(rows), in_blocks(weights, like=rows), in_blocks(sums, like=rows), strict=True
+            in_blocks(rows), in_blocks(weights, like=rows), in_blocks(sums[1], like=rows), strict=True
         ):
             square = torch.mul(some, some, out=room[: len(some)])
             torch.bmm(its_weights, square, out=its_sums)
-        squares = squares + sums.sum((0, 1), dtype=torch.float64)
-    return total, squares
+        found.append(sums.sum((1, 2), dtype=torch.float64))
+    return found[0] if len(found) == 1 else found[0].add_(found[1])
 
 
-def _weighted_rows(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
-    """The sums of (N, C, L)."""
+def _weighted_rows(x: Tensor, shares: Shares) -> Tensor:
+    """The same of (N, C, L)."""
     total = x.new_empty(2, *x.shape[:2])
     room = room_for_block(x)
     for some, weights, its_total, its_squares in zip(
@@ -136,8 +139,7 @@ def _weighted_rows(x: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
             torch.linalg.vector_norm(part, dim=-1, out=its_squares).square_()
         else:
             torch.sum(part.mul_(some), -1, out=its_squares)
-    sums, squares = total.sum(1, dtype=torch.float64)
-    return sums, squares
+    return total.sum(1, dtype=torch.float64)
 
 
 def _of_rows(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -168,28 +170,19 @@ def _of_columns(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     features = x.shape[1]
     longest = int(5 * (8 + math.sqrt(count))) * torch.get_num_threads()
     fold = 1
-    while count > longest * fold and 2 * fold * features <= _WIDEST:
+    while count > longest * fold and longest * fold * features < _SLAB and 2 * fold * features <= _WIDEST:
         fold *= 2
     whole = count - count % fold
     folded = x[:whole].view(-1, fold * features)
-    slabs = [folded[start : start + longest] for start in range(0, len(folded), longest)]
-    if whole < count:
-        slabs.append(x[whole:])
-    mean, variance = _of_slab(slabs[0], features)
-    seen = slabs[0].numel()
-    for slab in slabs[1:]:
-        seen += slab.numel()
-        share = slab.numel() / seen
-        its_mean, its_variance = _of_slab(slab, features)
-        step = its_mean - mean
-        mean = mean.add(step, alpha=share)
-        variance = variance.lerp(its_variance, share).addcmul_(step, step, value=share * (1.0 - share))
-    return mean, variance
-
-
-def _of_slab(slab: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    means, variances = torch.ops.aten.batch_norm_update_stats(slab, None, None, 0.0)
-    if slab.shape[1] == features:
-        return means, variances
-    between, mean = torch.var_mean(means.view(-1, features), 0, correction=0)
-    return mean, variances.view(-1, features).mean(0).add_(between)
+    slabs = [*torch.split(folded, longest), *([x[whole:]] if whole < count else [])]
+    found = [torch.ops.aten.batch_norm_update_stats(slab, None, None, 0.0) for slab in slabs]
+    means, variances = (torch.cat([part.view(-1, features) for part in each]) for each in zip(*found, strict=True))
+    if len(means) == 1:
+        return means[0], variances[0]
+    shares = [len(slab) / count for slab in slabs for _ in range(slab.shape[1] // features)]
+    weights = means.new_tensor(shares)
+    # Relative to one of them, so that a constant channel's mean is that value, and its variance 0.
+    step = means - means[0]
+    rest = weights @ step
+    step -= rest
+    return means[0] + rest, weights @ variances.addcmul_(step, step)
