@@ -41,6 +41,11 @@ NEEDS = {
 GROUPS = ("frameworks", "peers", "files", "porting", "examples", "test", "lint")  # of what the session `tests` installs
 SLOWEST = ("--durations=8",)  # shown, for all of `tests` has to stay below 25 minutes
 ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+# JAX compiles most programs of a test for one call, which takes far longer than the call; so it does without what makes
+# them fast. Where our own functions are compiled, tests and the first of `conform_runs` have what users have, for a
+# program's roundings depend on it.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+AS_USERS = ("jax", "tensorflow")  # of the tests; TensorFlow's compiler reads the second too
 CORPUS = "BNLAYER_CORPUS"  # names the folder of checkpoints that the frameworks made, where they lie ready
 ABSENT = "from importlib.util import find_spec; import sys; sys.exit(' '.join(filter(find_spec, sys.argv[1:])) or 0)"
 CHECKS: list[Command] = [({}, command.split()) for command in ("ruff check", "ruff format --check", "mypy", "pyright")]
@@ -155,9 +160,10 @@ def pytests() -> list[Command]:
     alone: dict[bool, list[str]] = {True: [], False: []}
     for folder in folders:
         alone[folder.name in ALONE].append(str(folder))
+    runs = [alone[False], *([folder] for folder in alone[True])]
     return [
-        (ENVIRONMENT, ["pytest", *SLOWEST, *alone[False]]),
-        *((ENVIRONMENT, ["pytest", *SLOWEST, folder]) for folder in alone[True]),
+        ({**ENVIRONMENT, **({} if Path(given[0]).name in AS_USERS else QUICK)}, ["pytest", *SLOWEST, *given])
+        for given in runs
     ]
 
 
@@ -166,16 +172,19 @@ def conform_runs() -> list[Command]:
     native = list(PYPROJECT["project"]["entry-points"]["bnlayer.native"])
     on_jax = [name for name in native if name.split(".")[0] in ("flax", "equinox", "haiku")]
     rest = [name for name in native if name not in on_jax and name != "keras.layers"]
-    runs = [("tensorflow", []), ("tensorflow", on_jax), ("tensorflow", ["keras.layers", *rest])]
-    runs += [(framework, ["keras", "keras.layers"]) for framework in ("jax", "torch")]  # Keras runs on one per process
-    # Keras on JAX spends its time on programs that run once. The first run compiles the same functions as users do.
-    quick = {"jax": {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}}
+    runs: list[tuple[str, dict[str, str], list[str]]] = [
+        ("tensorflow", {}, []),
+        ("tensorflow", QUICK, on_jax),
+        ("tensorflow", {}, ["keras.layers", *rest]),
+        ("jax", QUICK, ["keras", "keras.layers"]),  # Keras runs on one framework per process
+        ("torch", {}, ["keras", "keras.layers"]),
+    ]
     return [
         (
-            {**ENVIRONMENT, **quick.get(keras, {}), "KERAS_BACKEND": keras},
+            {**ENVIRONMENT, **compiled, "KERAS_BACKEND": keras},
             ["bnlayer", "conform", *(p for n in names for p in ("--backend", n))],
         )
-        for keras, names in runs
+        for keras, compiled, names in runs
     ]
 
 

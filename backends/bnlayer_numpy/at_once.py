@@ -21,12 +21,17 @@ def rows_of(arithmetic: np.dtype[Any], *views: NDArray) -> tuple[NDArray, ...] |
     """`joined` views of one shape (N, 1, C, 1) as long rows, each some positions side by side; None where they are not
     for this module."""
     n, a, c, b = views[0].shape
-    if not a == b == 1 or views[0].nbytes > layout.BLOCK_BYTES:
+    if not a == b == 1 or not is_one_block(views[0]):
         return None
     if any(view.dtype != arithmetic or not view.flags.c_contiguous for view in views):
         return None
     rows = n // side(n, c, WIDE)
     return tuple(view.reshape(rows, -1) for view in views) if rows <= _LONGEST_SUM else None
+
+
+def is_one_block(x: NDArray) -> bool:
+    """Whether x is no more than that."""
+    return x.nbytes <= layout.BLOCK_BYTES
 
 
 def total(rows: NDArray, channels: int, weights: NDArray | None = None) -> NDArray:

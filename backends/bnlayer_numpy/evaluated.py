@@ -52,14 +52,14 @@ def evaluated(state: BatchNormState[NDArray], spec: BatchNormSpec, arithmetic: s
         (variance.dtype, variance.tobytes()),
         None if gamma is None else (gamma.dtype, gamma.tobytes()),
         None if beta is None else (beta.dtype, beta.tobytes()),
-        spec.epsilon, arithmetic, at_once.side(positions, len(mean), _LONG_FOR_NUMPY), positions,
+        spec.epsilon, arithmetic, _side(positions, len(mean)),
     )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
 def _remembered(
     mean: _Bytes, variance: _Bytes, gamma: _Bytes | None, beta: _Bytes | None, epsilon: float, arithmetic: str,
-    side: int, positions: int,
+    side: int,
 ) -> Evaluated:  # fmt: skip
     given = (
         _array(mean),
@@ -69,15 +69,17 @@ def _remembered(
     )
     found = _made(*given, epsilon, arithmetic)
     scaling = found.scaling
-    if (
-        scaling is None
-        or scaling.shift is not None
-        or not (side == positions or side * len(scaling.scale) >= _LONG_FOR_NUMPY)
-    ):
+    if scaling is None or scaling.shift is not None or not side:
         return found
     dtype = np.dtype(arithmetic)
     scale, offset = (at_once.repeated(each, side, dtype) for each in (scaling.scale, scaling.offset))
     return found._replace(row=(scale, offset))
+
+
+def _side(positions: int, channels: int) -> int:
+    """Of how many positions a row is; 0 where there is to be none."""
+    side = at_once.side(positions, channels, _LONG_FOR_NUMPY)
+    return side if side == positions or side * channels >= _LONG_FOR_NUMPY else 0
 
 
 def _array(given: _Bytes) -> NDArray:

@@ -112,11 +112,10 @@ def batch_norm_forward(
         return abreast.narrowed(y), state, cache._replace(abreast=abreast)
     able = ("definition",) if (adjustment is not None and training) or x.size == 0 else ("blocked", "definition")
     layout = layout_of(x, plan.axis) if PATHS.chosen(able[0], able) == "blocked" else None
-    if layout is not None and not plan.batch_statistics and x.nbytes <= BLOCK_BYTES:
-        at_once_found = _eval_at_once(x, layout, state, spec, plan, weights)
-        if at_once_found is not None:
-            y, cache = at_once_found
-            return y, state, cache
+    if layout is not None and not plan.batch_statistics and at_once.is_one_block(x):
+        found = _eval_at_once(x, layout, state, spec, plan, weights)
+        if found is not None:
+            return found
     with np.errstate(all="ignore"):  # NaN, Inf and overflow travel into the results; the spec says what they do there
         np.setbufsize(BUFFER)  # until the end of `with`
         view = None if layout is None else layout.view(x)
@@ -212,20 +211,21 @@ def _empty(x: NDArray, layout: Layout | None) -> NDArray:
 def _eval_at_once(
     x: NDArray, layout: Layout, state: BatchNormState[NDArray], spec: BatchNormSpec, plan: CallPlan,
     weights: NDArray | None,
-) -> tuple[NDArray, Cache] | None:  # fmt: skip
-    """y by the moving statistics, of a batch that is one block, channels last; None where that is for `blocked`."""
+) -> tuple[NDArray, BatchNormState[NDArray], Cache] | None:  # fmt: skip
+    """`batch_norm_forward` by the moving statistics, of a batch that is one block, channels last; None where it is not
+    to be had at once."""
     if layout.order is not None or layout.shape[3] != 1:
         return None
-    mean, variance, scaling, row = evaluated(state, spec, plan.arithmetic, x.size // spec.num_features)
-    if row is None or row[0].dtype != x.dtype:
-        return None
-    w = None if weights is None else unrelated(checked(weights, plan))
-    y = np.empty(x.shape, x.dtype)
     with np.errstate(all="ignore"):
+        mean, variance, scaling, row = evaluated(state, spec, plan.arithmetic, x.size // spec.num_features)
+        if row is None or row[0].dtype != x.dtype:
+            return None
+        w = None if weights is None else unrelated(checked(weights, plan))
+        y = np.empty(x.shape, x.dtype)
         at_once.apply(x.reshape(-1, len(row[0])), y.reshape(-1, len(row[0])), *row)
     cs = plan.channel_shape
     part = Part(WHOLE, mean.reshape(cs), variance.reshape(cs), 1.0, 0.0, None, w, scaling)
-    return y, Cache(x, state.gamma, state.beta, weights, None, (part,), plan, spec, layout)
+    return y, state, Cache(x, state.gamma, state.beta, weights, None, (part,), plan, spec, layout)
 
 
 def _parts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -54,7 +54,7 @@ def checked(weights: NDArray, plan: CallPlan) -> NDArray:
         refused = ~((weights >= 0) & (weights < np.inf))
         raise InputError(f"weights must be finite and not negative; got {weights[refused][0]}.")
     assert plan.weights_shape is not None
-    return weights.reshape(plan.weights_shape)
+    return weights.reshape(cast("tuple[int, ...]", plan.weights_shape))  # of an array no length is unknown
 
 
 def of_rows(values: NDArray, rows: slice) -> NDArray:
