@@ -27,8 +27,9 @@ Command = tuple[dict[str, str], list[str]]  # environment variables, and the arg
 LANES = 2  # how many of the tests' commands run at a time; each takes up to about 4 GB
 SHOWING = Lock()
 
-# Frameworks that want a process of their own: they fight over threads, memory and what they patch.
-ALONE = ("torch", "tensorflow", "jax", "keras", "onnx", "porting", "surgery")
+# Frameworks that want a process of their own: they fight over threads, memory and what they patch. In this order, for
+# what takes longest must not be the last.
+ALONE = ("jax", "tensorflow", "keras", "torch", "porting", "surgery", "onnx")
 FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "flax", "equinox", "haiku", "orbax", "onnxruntime", "safetensors")
 # What each backend is tested with in an environment that has nothing else; Keras on the smallest of its frameworks.
 NEEDS = {
@@ -57,7 +58,7 @@ def tests(session: nox.Session) -> None:
     session.notify("base")
     install_everything(session)
     make_corpus(session)
-    run_all(session, conform_runs() + pytests() + CHECKS, lanes=LANES)  # what takes longest is not the last
+    run_all(session, conform_runs() + pytests() + CHECKS, lanes=LANES)
 
 
 @nox.session
@@ -156,11 +157,10 @@ def requirements(group: str, names: tuple[str, ...]) -> list[str]:
 
 def pytests() -> list[Command]:
     """The folders of tests/ that hold tests: those that need it in processes of their own."""
-    folders = (path for path in sorted((ROOT / "tests").iterdir()) if path.is_dir() and any(path.rglob("test_*.py")))
-    alone: dict[bool, list[str]] = {True: [], False: []}
-    for folder in folders:
-        alone[folder.name in ALONE].append(str(folder))
-    runs = [alone[False], *([folder] for folder in alone[True])]
+    folders = [path for path in sorted((ROOT / "tests").iterdir()) if path.is_dir() and any(path.rglob("test_*.py"))]
+    together = [str(path) for path in folders if path.name not in ALONE]
+    alone = sorted((path for path in folders if path.name in ALONE), key=lambda path: ALONE.index(path.name))
+    runs = [together, *([str(path)] for path in alone)]
     return [
         ({**ENVIRONMENT, **({} if Path(given[0]).name in AS_USERS else QUICK)}, ["pytest", *SLOWEST, *given])
         for given in runs

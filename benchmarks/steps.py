@@ -17,6 +17,7 @@ import numpy as np
 
 from .cases import NDArray, data, parameters
 from .on_numpy import textbook
+from .timing import grow_up
 
 _SHAPE: Final = (256, 128)
 _EPSILON: Final = 1e-5
@@ -27,6 +28,7 @@ _EPSILON: Final = 1e-5
 def main(rounds: int) -> None:
     """Time the steps of eval, training and the backward pass at (256, 128), in microseconds and as ratios to the
     textbook's eval, training, and training with gradient."""
+    grow_up()
     for mode, steps in _steps().items():
         reference = _microseconds(textbook(mode, _SHAPE, -1, "float32", 0.5, False).peer, rounds)
         click.echo(f"\n{mode}: the textbook takes {reference:.1f} us")

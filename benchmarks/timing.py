@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 _SHORTEST: Final = 4e-3  # seconds of one measurement; shorter calls are repeated in it
 
 
@@ -27,6 +29,16 @@ class Ratio:
 
     def __str__(self) -> str:
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def grow_up() -> None:
+    """Bring the C library's heap to where it is in a program that has run for a while.
+
+    glibc takes large memory fresh from the system, page by page, and gives it back at once; how large that is grows
+    with what a program frees, up to 32 MiB. Without this a case's ratio depends on which cases ran before it: NumPy's
+    textbook formulas at (256, 128) take 130 or 460 us.
+    """
+    np.empty(31 << 20, np.uint8)
 
 
 def measured(

@@ -21,7 +21,7 @@ import numpy as np
 from .backends import SUITES
 from .cases import PASSES, Case, Job, Pair
 from .memory import peak_bytes
-from .timing import measured, ratio
+from .timing import grow_up, measured, ratio
 
 
 class Differs(Exception):
@@ -92,16 +92,6 @@ def _memory_of_job(job: Job) -> dict[str, Any]:
     if found is not None and job.memory_bar is not None:
         row |= {"memory_bar": job.memory_bar / 1e6, "fits": found <= job.memory_bar}
     return row
-
-
-def grow_up() -> None:
-    """Bring the C library's heap to where it is in a program that has run for a while.
-
-    glibc takes large memory fresh from the system, page by page, and gives it back at once; how large that is grows
-    with what a program frees, up to 32 MiB. Without this a case's ratio depends on which cases ran before it: NumPy's
-    textbook formulas at (256, 128) take 130 or 460 us.
-    """
-    np.empty(31 << 20, np.uint8)
 
 
 def main(task: str, name: str, device: str, glob: str, rounds: str, which: str) -> None:
