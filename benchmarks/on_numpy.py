@@ -53,6 +53,10 @@ def cases(device: str = "cpu") -> Iterator[Case]:
     for mode, layout, shape in _CLOSE:
         peer = "textbook (not ours: bare operations, in blocks on every core)"
         yield Case("numpy", peer, mode, "float32", layout, shape, None, partial(_limit_in_blocks, mode, layout, shape))
+    (strided,) = (option for option in OPTIONS if option.name == "strided ghosts")
+    peer, shape = "ours, plain (not ours: bare operations, row by row on every core)", (128, 7, 7, 512)
+    make = partial(_limit_of_ghosts, shape, strided)
+    yield Case("numpy", peer, "train", "float32", f"NHWC, {strided.name}", shape, None, make)
     for layout, shape in (("NHWC", (32, 56, 56, 64)), ("NCHW", (32, 64, 56, 56))):
         for mode in MODES:
             yield _against_textbook(mode, layout, shape, "float16", None)
@@ -228,6 +232,39 @@ def _limit_in_blocks(mode: Mode, layout: str, shape: Shape) -> Pair:
 
     peer = _formulas(mode, shape, _axis(layout), "float32", False, x, dy, values)
     return Pair(bare, peer, lambda: (bare(), peer()))
+
+
+def _limit_of_ghosts(shape: Shape, option: Option) -> Pair:
+    """Not ours, but strided ghost batches of images, of which a core has every second: each image is read twice, and is
+    a block. Nothing is checked."""
+    arrays, values = data(shape), parameters(shape[-1])
+    x, ghosts, channels = arrays[0], 4, shape[-1]
+    images, epsilon = x.reshape(len(x), -1, channels), np.float32(_EPSILON)
+    ones, count = np.ones(images.shape[1], np.float32), np.float32(images[::ghosts].size // channels)
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def bare() -> tuple[NDArray, ...]:
+        y = np.empty_like(images)
+
+        def normalize(ghost: int) -> None:
+            room, first, second = np.empty_like(images[0]), np.zeros(channels), np.zeros(channels)
+            for image in images[ghost::ghosts]:
+                first += ones.dot(image)
+                second += ones.dot(np.multiply(image, image, out=room))
+            mean = first / count
+            scale = values["gamma"] / np.sqrt(second / count - mean * mean + epsilon)
+            row = np.empty_like(images[0])
+            row[...] = scale
+            room[...] = values["beta"] - mean * scale
+            for image, result in zip(images[ghost::ghosts], y[ghost::ghosts], strict=True):
+                np.multiply(image, row, out=result)
+                np.add(result, room, out=result)
+
+        list(pool.map(normalize, range(ghosts)))
+        return (y.reshape(shape),)
+
+    plain = _ours("train", shape, -1, *arrays, values)
+    return Pair(bare, plain, lambda: (bare(), option.right("train", arrays, values, _EPSILON, -1)))
 
 
 def _against_plain(mode: Mode, shape: Shape, axis: int, option: Option) -> Pair:

@@ -47,6 +47,9 @@ def cases(device: str = "cpu") -> Iterator[Case]:
             layout = "NHWC" if len(shape) == 4 else "NC"
             peer, make = f"{_PEER} (not ours: the kernel alone)", partial(_limit, mode, shape)
             yield Case("tensorflow", peer, mode, "float32", layout, shape, None, make)
+    first = (8, 64, 112, 112)
+    peer, make = f"{_PEER} (not ours: sums and one affine operation)", partial(_limit, "grad", first, 1)
+    yield Case("tensorflow", peer, "grad", "float32", "NCHW", first, None, make)
 
 
 def _case(
@@ -89,13 +92,14 @@ def _against_keras(
     return Pair(ours, peer, results, tolerance, memory=partial(_memory, ours))
 
 
-def _limit(mode: Mode, shape: Shape) -> Pair:
-    """Not ours, but what it calls: how fast a call by this kernel can be."""
+def _limit(mode: Mode, shape: Shape, axis: int = -1) -> Pair:
+    """Not ours, but what it calls: how fast a call by this kernel, or by sums, can be."""
     import keras
     import tensorflow as tf
 
     x, dy = (tf.constant(a) for a in data(shape))
-    layers = _Bare(shape), _layer(keras.layers.BatchNormalization(), shape)
+    bare = _Bare(shape) if axis == -1 else _BareSums(shape)
+    layers = bare, _layer(keras.layers.BatchNormalization(axis=axis), shape)
     steps = [_settled(tf.function(partial(_run, layer, mode)), x, dy) for layer in layers]
 
     def results() -> Any:
@@ -107,11 +111,11 @@ def _limit(mode: Mode, shape: Shape) -> Pair:
 class _Bare:
     """TensorFlow's fused kernel and the averages, channels last: no guard, no options."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, axis: int = -1) -> None:
         import tensorflow as tf
 
         self._flat = (-1, 1, 1, shape[-1])
-        values = parameters(shape[-1])
+        values = parameters(shape[axis])
         self.trainable_variables = [tf.Variable(values[name]) for name in ("gamma", "beta")]
         self._averages = [tf.Variable(values[name]) for name in ("moving_mean", "moving_variance")]
 
@@ -132,6 +136,46 @@ class _Bare:
             for average, new in zip(self._averages, batch[:2], strict=True):
                 average.assign(0.99 * average + 0.01 * new)
         return tf.reshape(y, tf.shape(x))
+
+
+class _BareSums(_Bare):
+    """The same for axis 1 in training, by E[x^2] - E[x]^2 and gradients that are written down."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape, axis=1)
+
+    def __call__(self, x: Any, *, training: bool) -> Any:
+        import tensorflow as tf
+
+        assert training
+        wide, count = (1, -1, 1, 1), x.shape[0] * x.shape[2] * x.shape[3]
+        ones = tf.ones((x.shape[2] * x.shape[3], 1))
+
+        def total(values: Any) -> Any:
+            return tf.reduce_sum(tf.reshape(values, (x.shape[0], x.shape[1], -1)) @ ones, (0, 2))
+
+        @tf.custom_gradient  # type: ignore[misc]
+        def normalized(x: Any, gamma: Any, beta: Any) -> Any:
+            mean = total(x) / count
+            variance = total(x * x) / count - mean * mean
+            rstd = tf.math.rsqrt(variance + _EPSILON)
+            scale = gamma * rstd
+            y = x * tf.reshape(scale, wide) + tf.reshape(beta - mean * scale, wide)
+
+            def backward(dy: Any, *_: Any) -> Any:
+                dbeta = total(dy)
+                dgamma = (total(dy * x) - mean * dbeta) * rstd
+                slope = scale * rstd * dgamma / -count
+                constant = scale * dbeta / -count - mean * slope
+                dx = dy * tf.reshape(scale, wide) + (x * tf.reshape(slope, wide) + tf.reshape(constant, wide))
+                return dx, dgamma, dbeta
+
+            return (y, mean, variance), backward
+
+        y, *batch = normalized(x, *self.trainable_variables)
+        for average, new in zip(self._averages, batch, strict=True):
+            average.assign(0.99 * average + 0.01 * new)
+        return y
 
 
 def _against_plain(mode: Mode, shape: Shape, option: Option) -> Pair:
