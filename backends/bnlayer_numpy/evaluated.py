@@ -69,11 +69,14 @@ def _remembered(
     )
     found = _made(*given, epsilon, arithmetic)
     scaling = found.scaling
-    if scaling is None or scaling.shift is not None or not side:
-        return found
-    dtype = np.dtype(arithmetic)
-    scale, offset = (at_once.repeated(each, side, dtype) for each in (scaling.scale, scaling.offset))
-    return found._replace(row=(scale, offset))
+    if scaling is not None and scaling.shift is None and side:
+        dtype = np.dtype(arithmetic)
+        scale, offset = (at_once.repeated(each, side, dtype) for each in (scaling.scale, scaling.offset))
+        found = found._replace(row=(scale, offset))
+    for array in (found.mean, found.variance, *(scaling or ()), *(found.row or ())):
+        if array is not None:
+            array.flags.writeable = False  # a call's cache shows them to whoever has it
+    return found
 
 
 def _side(positions: int, channels: int) -> int:

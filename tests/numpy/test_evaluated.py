@@ -71,10 +71,13 @@ def test_states_that_differ_in_little_are_told_apart(fields: dict[str, Any], dty
         agrees(DRAWN.normal(size=(16, 4)).astype("float32"), state, spec)
 
 
-def test_what_is_remembered_is_not_handed_out() -> None:
-    """Nothing of a call is memory that a later call reads."""
+def test_what_is_remembered_cannot_be_spoilt() -> None:
+    """Nothing that a call hands out is memory that a later call reads, and that can be written to."""
     x, (state, spec) = DRAWN.normal(size=(256, 128)).astype(np.float32), of(128)
-    first, *_ = batch_norm_forward(x, state, spec, training=False)
+    first, _, cache = batch_norm_forward(x, state, spec, training=False)
+    for array in (cache.parts[0].mean, cache.parts[0].variance):
+        with pytest.raises(ValueError, match="read-only"):
+            array += 1.0
     expected = first.copy()
     first[...] = 0.0
     second, *_ = batch_norm_forward(x, state, spec, training=False)
