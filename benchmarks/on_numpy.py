@@ -26,7 +26,10 @@ _EPSILON: Final = 1e-5
 _CLOSE: Final[tuple[tuple[Mode, str, Shape], ...]] = (
     ("eval", "NC", (65536, 64)),
     ("train", "NC", (65536, 64)),
+    ("train", "NHWC", (32, 56, 56, 64)),
     ("eval", "NCHW", (64, 256, 14, 14)),
+    ("train", "NCHW", (64, 256, 14, 14)),
+    ("train", "NHWC", (128, 7, 7, 512)),
 )
 _BLOCK: Final = 2**17  # numbers; half a MiB, as ours
 _MIDDLE: Final = {"eval": 0.33, "train": 0.38, "grad": 0.40}
@@ -47,7 +50,7 @@ def cases(device: str = "cpu") -> Iterator[Case]:
                 bar, make = option.bar(mode, strict=True), partial(_against_plain, mode, shape, _axis(layout), option)
                 yield Case("numpy", "ours, plain", mode, "float32", f"{layout}, {option.name}", shape, bar, make)
     for mode in MODES:
-        kept = "" if mode == "eval" else ", averages and a check"
+        kept = "" if mode == "eval" else ", averages and checks"
         peer = f"textbook (not ours: bare operations{kept})"
         yield Case("numpy", peer, mode, "float32", "NC", (256, 128), None, partial(_limit, mode, (256, 128)))
     for mode, layout, shape in _CLOSE:
@@ -150,36 +153,66 @@ def _formulas(
 
 
 def _limit(mode: Mode, shape: Shape) -> Pair:
-    """Not ours, but the fewest operations of NumPy that give its results: how fast a small call can be. In training
-    with the averages that a layer keeps, and a look whether E[x^2] - E[x]^2 may be trusted."""
+    """Not ours, but what a small call has to do, written for one shape and one spec: nothing is looked up or decided,
+    and y holds the squares before it is y. In training statistics are float64 from sums in float32, as are the averages
+    that a layer keeps, and E[x^2] - E[x]^2 and what follows from it are looked at before they are trusted."""
     (x, dy), values = data(shape), parameters(shape[-1])
-    gamma, beta, ones = values["gamma"], values["beta"], np.ones(shape[0], np.float32)
-    count, epsilon = np.float32(shape[0]), np.float32(_EPSILON)
-    averages = {name: values[name].astype(np.float64) for name in ("moving_mean", "moving_variance")}
+    gamma, beta, wide = values["gamma"], values["beta"], (-1, 8 * shape[-1])  # 8 positions side by side
+    rows, along = x.reshape(wide), dy.reshape(wide)
+    ones, count = np.ones(len(rows), np.float32), shape[0]
+
+    def sums(first: NDArray, second: NDArray, room: NDArray) -> NDArray:
+        found = np.empty((2, first.shape[1]), np.float32)
+        ones.dot(first, out=found[0])
+        ones.dot(np.multiply(first, second, out=room), out=found[1])
+        return np.asarray(np.add.reduce(found.reshape(2, 8, -1), 1, np.float64))
+
+    def side_by_side(*channels: NDArray) -> NDArray:
+        found = np.empty((len(channels), 8, shape[-1]), np.float32)
+        for i, each in enumerate(channels):
+            found[i] = each
+        return found.reshape(len(channels), -1)
 
     def bare() -> tuple[NDArray, ...]:
+        y = np.empty_like(rows)
+        moving = values["moving_mean"], values["moving_variance"]
         if mode == "eval":
-            mean, variance = values["moving_mean"], values["moving_variance"]
+            mean, variance = moving
         else:
-            mean = ones.dot(x) / count
+            found = sums(rows, rows, y)
+            found /= count
+            mean, variance = found
             square = mean * mean
-            variance = ones.dot(x * x) / count - square
-            assert (square <= 4 * variance).all()
-            for name, new in (("moving_mean", mean), ("moving_variance", variance * (count / (count - 1)))):
-                averages[name] = averages[name] * 0.99 + new * 0.01
-        rstd = 1 / np.sqrt(variance + epsilon)
+            variance -= square
+            assert (square <= 4 * variance).all() and variance.dot(variance) < 2.0**160
+        rstd = 1 / np.sqrt(variance + _EPSILON)
         scale = gamma * rstd
-        y = x * scale
-        y += beta - mean * scale
-        if mode != "grad":
-            return (y,)
-        dbeta = ones.dot(dy)
-        slope = (ones.dot(dy * x) - mean * dbeta) * rstd * rstd / count
-        dx = x * slope
-        np.subtract(dy, dx, out=dx)
-        dx -= dbeta / count - mean * slope
-        dx *= scale
-        return y, dx
+        if mode != "eval":
+            assert rstd.dot(rstd) < 2.0**60 and scale.dot(scale) < 2.0**120
+        scales, offsets = side_by_side(scale, beta - mean * scale)
+        np.multiply(rows, scales, out=y)
+        np.add(y, offsets, out=y)
+        if mode == "eval":
+            return (y.reshape(shape),)
+        averages = np.array(moving, np.float64)
+        averages *= 0.99
+        found[1] *= count / (count - 1)
+        averages += 0.01 * found
+        averages.astype(np.float32)
+        if mode == "train":
+            return (y.reshape(shape),)
+        dx = np.empty_like(rows)
+        dbeta, dgamma = sums(along, rows, dx)
+        dgamma -= mean * dbeta
+        dgamma *= rstd
+        assert dbeta.dot(dbeta) + dgamma.dot(dgamma) < 2.0**120
+        slope = rstd * dgamma / count
+        slopes, constants, scales = side_by_side(slope, dbeta / count - mean * slope, scale)
+        np.multiply(rows, slopes, out=dx)
+        np.subtract(along, dx, out=dx)
+        np.subtract(dx, constants, out=dx)
+        np.multiply(dx, scales, out=dx)
+        return y.reshape(shape), dx.reshape(shape)
 
     peer = _formulas(mode, shape, -1, "float32", False, x, dy, values)
     return Pair(bare, peer, lambda: (bare(), peer()))
@@ -191,7 +224,8 @@ def _limit_in_blocks(mode: Mode, layout: str, shape: Shape) -> Pair:
     (x, dy), values = data(shape), parameters(shape[_axis(layout)])
     gamma, beta, epsilon = values["gamma"], values["beta"], np.float32(_EPSILON)
     channels, after = len(gamma), x[0, 0].size if layout == "NCHW" else 1
-    side = 1 if layout == "NCHW" else 16384 // channels
+    side, count = 1 if layout == "NCHW" else 16384 // channels, np.float32(x.size // channels)
+    of_rows = np.ones(after, np.float32)
     rows = x.reshape(-1, side * channels, after)
     step = max(1, _BLOCK // rows[0].size)
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -207,17 +241,20 @@ def _limit_in_blocks(mode: Mode, layout: str, shape: Shape) -> Pair:
         return [found for part in pool.map(share, ends, ends[1:]) for found in part]
 
     def sums(at: slice, room: NDArray) -> tuple[NDArray, NDArray]:
-        block = rows[at].reshape(-1, 1024)
-        ones, squares = np.ones(len(block), np.float32), room.reshape(-1, 1024)[: len(block)]
-        return ones.dot(block), ones.dot(np.multiply(block, block, out=squares))
+        block = rows[at]
+        return total(block), total(np.multiply(block, block, out=room[: len(block)]))
+
+    def total(block: NDArray) -> NDArray:
+        long = block.reshape(-1, 1024) if after == 1 else block.reshape(-1, after).dot(of_rows).reshape(-1, channels)
+        return np.ones(len(long), np.float32).dot(long)  # type: ignore[no-any-return]
 
     def bare() -> tuple[NDArray, ...]:
         mean, variance = values["moving_mean"], values["moving_variance"]
         if mode == "train":
             found = (np.sum(each, 0).reshape(-1, channels) for each in zip(*on_every_core(sums), strict=True))
             first, second = (each.sum(0) for each in found)
-            mean = first / np.float32(len(x))
-            variance = second / np.float32(len(x)) - mean * mean
+            mean = first / count
+            variance = second / count - mean * mean
         scale = gamma / np.sqrt(variance + epsilon)
         offset = beta - mean * scale
         scales, offsets = (np.tile(each, side).reshape(-1, 1) for each in (scale, offset))
