@@ -26,7 +26,8 @@ def cases(device: str = "cpu") -> Iterator[Case]:
         for mode in MODES:
             yield _limit("the same again", _again, device, mode, ROWS[0])
             yield _limit("bare operations", _bare, device, mode, ROWS[0])
-        yield _limit("the same again", _again, device, "eval", IMAGES[3])
+        for shape in IMAGES:
+            yield _limit("the same again", _again, device, "eval", shape)
 
 
 def _limit(what: str, make: Callable[[str, Mode, Shape], Pair], device: str, mode: Mode, shape: Shape) -> Case:

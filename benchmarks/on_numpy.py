@@ -27,6 +27,7 @@ _CLOSE: Final[tuple[tuple[Mode, str, Shape], ...]] = (
     ("eval", "NC", (65536, 64)),
     ("train", "NC", (65536, 64)),
     ("train", "NHWC", (32, 56, 56, 64)),
+    ("train", "NHWC", (64, 14, 14, 256)),
     ("eval", "NCHW", (64, 256, 14, 14)),
     ("train", "NCHW", (64, 256, 14, 14)),
     ("train", "NHWC", (128, 7, 7, 512)),

@@ -48,8 +48,9 @@ def cases(device: str = "cpu") -> Iterator[Case]:
             peer, make = f"{_PEER} (not ours: the kernel alone)", partial(_limit, mode, shape)
             yield Case("tensorflow", peer, mode, "float32", layout, shape, None, make)
     first = (8, 64, 112, 112)
-    peer, make = f"{_PEER} (not ours: sums and one affine operation)", partial(_limit, "grad", first, 1)
-    yield Case("tensorflow", peer, "grad", "float32", "NCHW", first, None, make)
+    for mode in MODES[1:]:
+        peer, make = f"{_PEER} (not ours: sums and one affine operation)", partial(_limit, mode, first, 1)
+        yield Case("tensorflow", peer, mode, "float32", "NCHW", first, None, make)
 
 
 def _case(
