@@ -46,7 +46,10 @@ ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 # them fast. Where our own functions are compiled, tests and the first of `conform_runs` have what users have, for a
 # program's roundings depend on it.
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
-AS_USERS = ("jax", "tensorflow")  # of the tests; TensorFlow's compiler reads the second too
+# So have these tests; TensorFlow's compiler reads the second of the two as well.
+AS_USERS = (
+    "tensorflow", "jax/test_agreement.py", "jax/test_options.py", "jax/test_paths.py", "jax/test_transforms.py"
+)  # fmt: skip
 CORPUS = "BNLAYER_CORPUS"  # names the folder of checkpoints that the frameworks made, where they lie ready
 ABSENT = "from importlib.util import find_spec; import sys; sys.exit(' '.join(filter(find_spec, sys.argv[1:])) or 0)"
 CHECKS: list[Command] = [({}, command.split()) for command in ("ruff check", "ruff format --check", "mypy", "pyright")]
@@ -157,14 +160,18 @@ def requirements(group: str, names: tuple[str, ...]) -> list[str]:
 
 def pytests() -> list[Command]:
     """The folders of tests/ that hold tests: those that need it in processes of their own."""
-    folders = [path for path in sorted((ROOT / "tests").iterdir()) if path.is_dir() and any(path.rglob("test_*.py"))]
+    tests = ROOT / "tests"
+    folders = [path for path in sorted(tests.iterdir()) if path.is_dir() and any(path.rglob("test_*.py"))]
     together = [str(path) for path in folders if path.name not in ALONE]
-    alone = sorted((path for path in folders if path.name in ALONE), key=lambda path: ALONE.index(path.name))
-    runs = [together, *([str(path)] for path in alone)]
-    return [
-        ({**ENVIRONMENT, **({} if Path(given[0]).name in AS_USERS else QUICK)}, ["pytest", *SLOWEST, *given])
-        for given in runs
-    ]
+    commands: list[Command] = [({**ENVIRONMENT, **QUICK}, ["pytest", *SLOWEST, *together])]
+    for path in sorted((path for path in folders if path.name in ALONE), key=lambda path: ALONE.index(path.name)):
+        as_users = [str(tests / name) for name in AS_USERS if Path(name).parts[0] == path.name]
+        if as_users:
+            commands.append((ENVIRONMENT, ["pytest", *SLOWEST, *as_users]))
+        if str(path) not in as_users:
+            others = [f"--ignore={name}" for name in as_users]
+            commands.append(({**ENVIRONMENT, **QUICK}, ["pytest", *SLOWEST, str(path), *others]))
+    return commands
 
 
 def conform_runs() -> list[Command]:
