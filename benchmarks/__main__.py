@@ -28,7 +28,9 @@ _ROOT: Final = Path(__file__).parents[1]
 @click.option("--match", default="*", metavar="GLOB", help="Cases by name, such as '*NCHW*grad'.")
 @click.option("--bars", is_flag=True, help="Only cases that have a bar to reach.")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]), help="To compute on.")
-@click.option("--rounds", default=21, show_default=True, help="How often each case is timed.")
+@click.option(
+    "--rounds", default=21, show_default=True, type=click.IntRange(min=1), help="How often each case is timed."
+)
 @click.option("--no-memory", is_flag=True, help="Leave memory out, and save its second process.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw them.")
@@ -61,6 +63,8 @@ def main(
     """
     asked = device, match, str(rounds), "bars" if bars else "all"
     cases = {name: [row["name"] for row in _measured("list", name, *asked)] for name in _runnable(only, device)}
+    if not any(cases.values()):
+        raise click.UsageError(f"no case of {', '.join(cases)} matches {match!r}; --list names all that there are.")
     if listed:
         click.echo("\n".join(f"{name}: {case}" for name, found in cases.items() for case in found))
         return

@@ -48,6 +48,8 @@ def main(runs: tuple[Path, ...], page: Path) -> None:
 def _figures(found: dict[str, list[Row]], machine: dict[str, str]) -> Iterable[str]:
     yield "Measured with " + ", ".join(f"{name} {value}" for name, value in machine.items()) + "."
     yield ""
+    yield _summary([rows for rows in found.values() if rows[0]["bar"] is not None])
+    yield ""
     core = [rows for rows in found.values() if rows[0]["backend"] == "core"]
     if core:
         yield from _table(("the core", "against", "runs"), (_job(rows) for rows in core))
@@ -66,6 +68,18 @@ def _figures(found: dict[str, list[Row]], machine: dict[str, str]) -> Iterable[s
                     lines.setdefault(key, {})[rows[0]["mode"]] = rows
             heads = (f"{suite} against {peer}", "eval", "train", "train and gradient", "copies", "memory")
             yield from _table(heads, (_call(key, modes, limits) for key, modes in lines.items()))
+
+
+def _summary(cells: Sequence[list[Row]]) -> str:
+    """How many cells with a bar reach it, and in how many runs."""
+    runs = len(cells[0]) if cells else 0
+    times = [sum(row["reached"] for row in rows) for rows in cells]
+    alone = ", ".join(str(sum(rows[run]["reached"] for rows in cells)) for run in range(runs))
+    fewer = ", ".join(f"{times.count(number)} in {number}" for number in range(runs - 1, -1, -1))
+    return (
+        f"{times.count(runs)} of {len(cells)} cells with a bar reach it in all {runs} runs;"
+        f" in each run alone {alone} do. Of the others, by the number of runs: {fewer}."
+    )
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterable[str]:

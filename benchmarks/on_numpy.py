@@ -247,7 +247,7 @@ def _limit_in_blocks(mode: Mode, layout: str, shape: Shape) -> Pair:
 
     def total(block: NDArray) -> NDArray:
         long = block.reshape(-1, 1024) if after == 1 else block.reshape(-1, after).dot(of_rows).reshape(-1, channels)
-        return np.ones(len(long), np.float32).dot(long)  # type: ignore[no-any-return]
+        return np.asarray(np.ones(len(long), np.float32).dot(long))
 
     def bare() -> tuple[NDArray, ...]:
         mean, variance = values["moving_mean"], values["moving_variance"]

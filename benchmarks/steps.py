@@ -24,7 +24,7 @@ _EPSILON: Final = 1e-5
 
 
 @click.command()
-@click.option("--rounds", default=3000, show_default=True, help="How often each step runs.")
+@click.option("--rounds", default=3000, show_default=True, type=click.IntRange(min=1), help="How often each step runs.")
 def main(rounds: int) -> None:
     """Time the steps of eval, training and the backward pass at (256, 128), in microseconds and as ratios to the
     textbook's eval, training, and training with gradient."""

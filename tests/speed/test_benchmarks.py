@@ -18,7 +18,7 @@ from click.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
 
-from benchmarks import steps  # noqa: E402
+from benchmarks import document, steps  # noqa: E402
 from benchmarks.backends import SUITES  # noqa: E402
 from benchmarks.cases import Case, Job, Pair  # noqa: E402
 from benchmarks.timing import ratio  # noqa: E402
@@ -42,14 +42,42 @@ def test_a_run_has_a_table_figures_and_a_picture(tmp_path: Path) -> None:
     done = run("--only", "numpy", "--match", "*/NC/8x64/*/eval", "--rounds", "5", "--json", str(figures),
                "--plot", str(picture))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    document = json.loads(figures.read_text("utf-8"))
-    (row,) = document["rows"]
+    written = json.loads(figures.read_text("utf-8"))
+    (row,) = written["rows"]
     assert row["name"] == "numpy/textbook/NC/8x64/float32/eval"
     assert row["name"] in done.stdout
     assert 0 < row["low"] <= row["ratio"] <= row["high"]
     assert row["memory"] is None or row["memory"] > 0
-    assert document["machine"]["numpy"] == np.__version__
+    assert written["machine"]["numpy"] == np.__version__
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("--match", "nothing*"), "no case of numpy matches 'nothing*'; --list"), (("--rounds", "0"), "x>=1")],
+)
+def test_what_cannot_be_timed_is_no_success(arguments: tuple[str, ...], said: str) -> None:
+    done = run("--only", "numpy", *arguments)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
+
+
+def test_the_page_counts_what_is_reached(tmp_path: Path) -> None:
+    page, files = tmp_path / "page.md", [tmp_path / "1.json", tmp_path / "2.json"]
+    page.write_text(f"before\n{document._BEGIN}\nold\n{document._END}\nafter\n", "utf-8")
+    common = {"suite": "numpy", "backend": "numpy", "peer": "textbook", "layout": "NC", "dtype": "float32", "bar": 0.5}
+    for file, reached in zip(files, ((True, True, False), (True, False, False)), strict=True):
+        found = [
+            {**common, "name": mode, "mode": mode, "shape": [8, 64], "ratio": 0.4, "reached": yes, "copies": 2.0}
+            for mode, yes in zip(("eval", "train", "grad"), reached, strict=True)
+        ]
+        file.write_text(json.dumps({"machine": {"python": "3"}, "rows": found}), "utf-8")
+    done = CliRunner().invoke(document.main, [*map(str, files), "--write", str(page)])
+    assert done.exit_code == 0, done.output
+    text = page.read_text("utf-8")
+    assert "1 of 3 cells with a bar reach it in all 2 runs; in each run alone 2, 1 do." in text
+    assert "by the number of runs: 1 in 1, 1 in 0." in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
 
 
 def test_the_steps_of_a_small_call_are_shown() -> None:
